@@ -1,0 +1,21 @@
+.PHONY: setup quickstart test test-all lint
+
+setup:            ## .venv with everything a run needs
+	bash tools/setup.sh run
+
+quickstart: setup ## data, tokenizer, training, evaluation, pictures, text: runs/quickstart
+	bash examples/quickstart.sh
+
+test:             ## set up the oracles and run all tests but the slow grids
+	bash tools/setup.sh test
+	bash tools/test.sh
+
+test-all:         ## the slow grids too
+	bash tools/setup.sh test
+	bash tools/test.sh --all
+
+lint:             ## ruff and the floors' import test
+	bash tools/setup.sh test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest -q tests/test_floors.py

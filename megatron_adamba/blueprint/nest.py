@@ -1,0 +1,90 @@
+"""The nest: one row a width, filled by rule when a model is created and kept as a table from then on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.errors import ConfigError
+
+MODE_REFERENCE = 2048
+"""hidden size from which on a mode's width is taken as it is; smaller models scale it"""
+
+
+def round_up(value: float, multiple: int) -> int:
+    return -(-int(value) // multiple) * multiple
+
+
+def default_nest(config: ModelConfig) -> list[NestRow]:
+    """Rows for `config.widths`: kv_groups(w) = ceil(kv_heads w / H), ffn(w) = F w / H up to the next granule."""
+    hidden = config.hidden_size
+    rows = []
+    for width in config.widths:
+        rows.append(
+            NestRow(
+                width=width,
+                norm_size=width,
+                kv_groups=-(-config.num_kv_groups * width // hidden),
+                ffn=min(round_up(-(-config.ffn_size * width // hidden), config.ffn_granule), config.ffn_size),
+            )
+        )
+    return rows
+
+
+def check_nest(config: ModelConfig) -> None:
+    """Refuse a table that does not fit the model. Raises ConfigError naming the row and a value that works."""
+    rows = config.nest
+    if not rows:
+        raise ConfigError(f"--model.nest: is empty; leave it out, or give --model.widths [{config.hidden_size}]")
+    widths = [row.width for row in rows]
+    if widths != sorted(set(widths)) or widths[0] < 1:
+        raise ConfigError(f"--model.widths {widths}: must ascend without repeats; try {sorted({abs(w) for w in widths})}")
+    if widths[-1] != config.hidden_size:
+        raise ConfigError(
+            f"--model.widths {widths}: the last width must be the hidden size; "
+            f"try {[w for w in widths if w < config.hidden_size] + [config.hidden_size]}"
+        )
+    for row in rows:
+        _check_row(config, row)
+
+
+def _check_row(config: ModelConfig, row: NestRow) -> None:
+    where = f"--model.nest row of width {row.width}"
+    if not 1 <= row.kv_groups <= config.num_kv_groups:
+        raise ConfigError(f"{where}: kv_groups {row.kv_groups} must lie between 1 and {config.num_kv_groups}")
+    if row.ffn % config.ffn_granule or not config.ffn_granule <= row.ffn <= config.ffn_size:
+        raise ConfigError(
+            f"{where}: ffn {row.ffn} must be a multiple of ffn_granule {config.ffn_granule} up to {config.ffn_size}; "
+            f"try {round_up(min(row.ffn, config.ffn_size), config.ffn_granule)}"
+        )
+    if row.norm_size < 1:
+        raise ConfigError(f"{where}: norm_size {row.norm_size} must be 1 or more; try {row.width}")
+
+
+def mode_width(config: ModelConfig, mode: str) -> int:
+    """The width that a mode's name stands for in this model.
+
+    `think` is all channels; the others come from `config.modes`, below a hidden size of 2048 scaled by
+    hidden_size / 2048 and taken to the nearest width of the nest. Raises ConfigError for an unknown mode.
+    """
+    widths = [row.width for row in config.nest]
+    if mode == "think":
+        return widths[-1]
+    if mode not in config.modes:
+        known = ", ".join([*config.modes, "think"])
+        raise ConfigError(f"--mode {mode}: unknown; modes of this model are {known}")
+    target = config.modes[mode] * min(1.0, config.hidden_size / MODE_REFERENCE)
+    return min(widths, key=lambda width: (abs(width - target), width))
+
+
+def row_index(config: ModelConfig, width: int) -> int:
+    """Place of `width` in the nest. Raises ConfigError for a width that is not in it."""
+    widths = [row.width for row in config.nest]
+    if width not in widths:
+        near = min(widths, key=lambda w: abs(w - width))
+        raise ConfigError(f"width {width}: not in the nest of this model ({widths}); try {near}")
+    return widths.index(width)
+
+
+def copy_rows(rows: list[NestRow]) -> list[NestRow]:
+    return [replace(row) for row in rows]

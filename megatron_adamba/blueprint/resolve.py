@@ -1,0 +1,127 @@
+"""Fill in every size that a model config leaves out, and check that the sizes fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_adamba.blueprint.nest import check_nest, copy_rows, default_nest, round_up
+from megatron_adamba.blueprint.pattern import parse_pattern
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.errors import ConfigError
+
+
+def resolve_model(config: ModelConfig, vocab_size: int | None = None) -> ModelConfig:
+    """The same model with nothing left to derive; what layers, manifest and checkpoints read.
+
+    vocab_size: the tokenizer's; must agree with `config.vocab_size` where both are given.
+    Idempotent. Raises ConfigError.
+    """
+    if vocab_size is not None and config.vocab_size not in (None, vocab_size):
+        raise ConfigError(
+            f"--model.vocab_size {config.vocab_size}: the tokenizer has {vocab_size} tokens; leave the flag out"
+        )
+    letters = parse_pattern(config.block_pattern, config.num_layers)
+    config = replace(
+        config,
+        block_pattern="".join(letters),
+        num_layers=len(letters),
+        vocab_size=config.vocab_size or vocab_size,
+        modes=dict(config.modes),
+        static_norm_size=config.static_norm_size or config.hidden_size,
+    )
+    config = _resolve_attention(config)
+    config = _resolve_ffn(config)
+    config = _resolve_mamba(config)
+    widths = list(config.widths) if config.widths is not None else None
+    if config.nest is not None:
+        config = replace(config, nest=copy_rows(config.nest))
+        listed = [row.width for row in config.nest]
+        if widths is not None and widths != listed:
+            raise ConfigError(f"--model.widths {widths}: the nest table has {listed}; give one of the two")
+        config = replace(config, widths=listed)
+    else:
+        config = replace(config, widths=widths or [config.hidden_size])
+        _check_widths(config)
+        config = replace(config, nest=default_nest(config))
+    check_nest(config)
+    return config
+
+
+def _check_widths(config: ModelConfig) -> None:
+    hidden = config.hidden_size
+    for width in config.widths:
+        if not 1 <= width <= hidden:
+            raise ConfigError(f"--model.widths: {width} does not fit a hidden size of {hidden}; try {hidden // 2 or 1}")
+
+
+def _resolve_attention(config: ModelConfig) -> ModelConfig:
+    if config.head_dim % 2:
+        raise ConfigError(f"--model.head_dim {config.head_dim}: RoPE needs an even number; try {config.head_dim + 1}")
+    heads = config.num_heads or config.hidden_size // config.head_dim
+    if heads < 1:
+        raise ConfigError(
+            f"--model.head_dim {config.head_dim}: larger than hidden_size {config.hidden_size}; "
+            f"try --model.head_dim {max(config.hidden_size // 2, 2)} or give --model.num_heads"
+        )
+    groups = config.num_kv_groups or heads
+    if heads % groups:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ConfigError(f"--model.num_kv_groups {groups}: must divide num_heads {heads}; one of {legal}")
+    if "S" in config.window_pattern and config.sliding_window is None:
+        raise ConfigError("--model.window_pattern has S layers: give their size, e.g. --model.sliding_window 256")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise ConfigError(f"--model.sliding_window {config.sliding_window}: must be 1 or more, e.g. 256")
+    return replace(config, num_heads=heads, num_kv_groups=groups)
+
+
+def _resolve_ffn(config: ModelConfig) -> ModelConfig:
+    granule = config.ffn_granule
+    ffn = config.ffn_size
+    if ffn is None:
+        share = 4 if config.activation == "relu2" else 8 / 3
+        ffn = round_up(config.hidden_size * share, granule)
+    if ffn % granule or ffn < granule:
+        raise ConfigError(
+            f"--model.ffn_size {ffn}: must be a multiple of ffn_granule {granule}; try {round_up(max(ffn, 1), granule)}"
+        )
+    return replace(config, ffn_size=ffn)
+
+
+def _resolve_mamba(config: ModelConfig) -> ModelConfig:
+    if config.mamba_version == 1:
+        if config.mamba_num_heads is not None or config.mamba_num_groups != 1:
+            raise ConfigError("--model.mamba_version 1: has no heads or groups; leave mamba_num_heads and groups out")
+        return config
+    heads = config.mamba_num_heads
+    if heads is None:
+        inner = config.mamba_expand * config.hidden_size
+        if inner % config.mamba_head_dim:
+            raise ConfigError(
+                f"--model.mamba_head_dim {config.mamba_head_dim}: must divide mamba_expand * hidden_size = {inner}; "
+                f"give a divisor or --model.mamba_num_heads"
+            )
+        heads = inner // config.mamba_head_dim
+    if heads % config.mamba_num_groups:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ConfigError(f"--model.mamba_num_groups {config.mamba_num_groups}: must divide {heads} heads; {legal}")
+    return replace(config, mamba_num_heads=heads)
+
+
+def mamba_inner_size(config: ModelConfig) -> int:
+    """Channels inside a Mamba mixer of a resolved config."""
+    if config.mamba_version == 1:
+        return config.mamba_expand * config.hidden_size
+    return config.mamba_num_heads * config.mamba_head_dim
+
+
+def attention_windows(config: ModelConfig) -> list[int | None]:
+    """Per block: keys that its attention sees, None for all of them and for blocks without attention."""
+    windows, seen = [], 0
+    for letter in config.block_pattern:
+        window = None
+        if letter == "T":
+            local = config.window_pattern[seen % len(config.window_pattern)] == "S"
+            window = config.sliding_window if local else None
+            seen += 1
+        windows.append(window)
+    return windows

@@ -1,0 +1,106 @@
+"""torch.distributed.checkpoint on files, with its metadata as JSON instead of a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_adamba.errors import CheckpointError
+from megatron_adamba.files import write_atomically
+
+METADATA_FILE = "metadata.json"
+FORMAT_VERSION = 1
+
+_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)}
+
+
+class JsonWriter(FileSystemWriter):
+    """Writes tensors as torch does (files fsynced) and `metadata.json` last."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        storage = {result.index: result.storage_data for results_of_rank in results for result in results_of_rank}
+        content = json.dumps(metadata_to_dict(metadata, storage)).encode()
+        write_atomically(Path(self.path) / METADATA_FILE, content)
+
+
+class JsonReader(FileSystemReader):
+    """Reads what JsonWriter wrote; no pickle is read except through `weights_only` loading of tensors."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        super().__init__(folder)
+        self.folder = Path(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = read_metadata(self.folder)
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+
+def metadata_to_dict(metadata: Metadata, storage: dict[MetadataIndex, _StorageInfo]) -> dict[str, Any]:
+    """{"format": 1, "tensors": {name: {dtype, shape, chunks: [{offset, size, file, start, length}]}}}."""
+    tensors = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), f"{name}: the checkpoint holds tensors only"
+        chunks = []
+        for chunk in entry.chunks:
+            place = storage[MetadataIndex(name, chunk.offsets)]
+            chunks.append(
+                {
+                    "offset": list(chunk.offsets),
+                    "size": list(chunk.sizes),
+                    "file": place.relative_path,
+                    "start": place.offset,
+                    "length": place.length,
+                }
+            )
+        tensors[name] = {"dtype": str(entry.properties.dtype), "shape": list(entry.size), "chunks": chunks}
+    return {"format": FORMAT_VERSION, "tensors": tensors}
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Raises CheckpointError naming the file where it is missing or damaged."""
+    path = folder / METADATA_FILE
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT_VERSION:
+            raise CheckpointError(f"{path}: format {values['format']}, this version reads {FORMAT_VERSION}")
+        return _metadata_from_dict(values["tensors"])
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); use an earlier checkpoint") from None
+
+
+def _metadata_from_dict(tensors: dict[str, Any]) -> Metadata:
+    entries, storage, names = {}, {}, {}
+    for name, entry in tensors.items():
+        chunks = []
+        for chunk in entry["chunks"]:
+            if os.path.basename(chunk["file"]) != chunk["file"]:
+                raise ValueError(f"file name {chunk['file']!r} leaves the folder")
+            offset = torch.Size(chunk["offset"])
+            chunks.append(ChunkStorageMetadata(offsets=offset, sizes=torch.Size(chunk["size"])))
+            storage[MetadataIndex(name, offset)] = _StorageInfo(chunk["file"], chunk["start"], chunk["length"], None)
+        properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
+        entries[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+        names[name] = (name,)
+    return Metadata(entries, planner_data=names, storage_data=storage, storage_meta=StorageMeta())

@@ -1,0 +1,186 @@
+"""Training checkpoints: what a run needs to go on, written by all ranks, whole or not at all.
+
+RUN/checkpoints/step-00000200/{__0_0.distcp, ..., metadata.json, state.json, files.json}
+RUN/checkpoints/latest                  name of the newest complete one
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata
+from megatron_adamba.checkpoint.rectangles import Fragment
+from megatron_adamba.errors import AdambaError, CheckpointError
+from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
+
+STATE_FILE, FILES_FILE, LATEST = "state.json", "files.json", "latest"
+_BLOCK = 1 << 20
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_training_checkpoint(
+    root: Path, step: int, fragments: dict[str, Fragment], state: dict[str, Any], keep_last: int
+) -> Path:
+    """Called by every rank with its own fragments; returns the finished folder.
+
+    state: JSON values, the same on all ranks. Older checkpoints beyond `keep_last` go only after `latest` names the
+    new one. Raises StorageError where the disk is full; what was there before is untouched.
+    """
+    rank = dist.get_rank()
+    final = root / checkpoint_name(step)
+    aside = root / f"{checkpoint_name(step)}.tmp"
+    if rank == 0:
+        _run_as_user_error(lambda: _prepare(root, aside), str(root))
+    dist.barrier()
+    try:
+        dcp.save(fragments, storage_writer=JsonWriter(aside))
+    except CheckpointException as error:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise _explain(error, aside) from None
+    own = {path.name: _fingerprint(path) for path in sorted(aside.glob(f"__{rank}_*"))}
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own)
+    if rank == 0:
+        files = {name: mark for part in everyone for name, mark in part.items()}
+        _run_as_user_error(lambda: _publish(root, aside, final, files, state, keep_last), str(root))
+    dist.barrier()
+    return final
+
+
+def _prepare(root: Path, aside: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob("step-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    aside.mkdir()
+
+
+def _publish(
+    root: Path, aside: Path, final: Path, files: dict[str, Any], state: dict[str, Any], keep_last: int
+) -> None:
+    write_atomically(aside / STATE_FILE, json.dumps(state, indent=1).encode())
+    for name in (METADATA_FILE, STATE_FILE):
+        files[name] = _fingerprint(aside / name)
+    write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
+    sync_directory(aside)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    sync_directory(root)
+    write_atomically(root / LATEST, final.name.encode())
+    finished = sorted(path for path in root.glob("step-*") if path.is_dir() and path.suffix != ".tmp")
+    for old in finished[:-keep_last]:
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _run_as_user_error(action: Any, what: str) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise as_storage_error(error, what) or error from None
+
+
+def _explain(error: CheckpointException, folder: Path) -> Exception:
+    """The first rank's own failure: a full disk is the user's to mend, anything else is ours."""
+    for failure, _ in error.failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, AdambaError):
+                return cause
+            if isinstance(cause, OSError) and (found := as_storage_error(cause, str(folder))):
+                return found
+            if "No space left" in str(cause) or "file write failed" in str(cause) or "PytorchStreamWriter" in str(cause):
+                return as_storage_error(OSError(28, "No space left on device"), str(folder))
+            cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    """{"bytes", "crc32"} of a file, read in blocks."""
+    checksum, size = 0, 0
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return {"bytes": size, "crc32": checksum}
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None where it never saved. Raises CheckpointError for a bad `latest`."""
+    pointer = root / LATEST
+    if not pointer.exists():
+        return None
+    name = pointer.read_text().strip()
+    folder = root / name
+    if Path(name).name != name or not folder.is_dir():
+        raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
+    return folder
+
+
+def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Compare sizes and checksums with `files.json`, this rank's share of them. Raises CheckpointError naming the file."""
+    listed = _read_json(folder / FILES_FILE)
+    rank, ranks = share
+    for name in sorted(listed)[rank::ranks]:
+        path = folder / name
+        if Path(name).name != name or not path.exists():
+            raise CheckpointError(f"{path}: missing; use an earlier checkpoint")
+        if path.stat().st_size != listed[name]["bytes"]:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes of {listed[name]['bytes']}; use an earlier checkpoint")
+        if _fingerprint(path) != listed[name]:
+            raise CheckpointError(f"{path}: damaged (checksum differs); use an earlier checkpoint")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part: step, samples, config."""
+    return _read_json(folder / STATE_FILE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); use an earlier checkpoint") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: damaged (not a JSON object); use an earlier checkpoint")
+    return values
+
+
+def load_fragments(folder: Path, fragments: dict[str, Fragment]) -> list[str]:
+    """Fill this rank's fragments, which must all be in the checkpoint with their shapes.
+
+    Returns names that the checkpoint holds and nobody asked for. Raises CheckpointError before anything is written.
+    """
+    reader = JsonReader(folder)
+    held = read_metadata(folder).state_dict_metadata
+    for name, fragment in fragments.items():
+        if name not in held:
+            raise CheckpointError(f"{folder}: has no tensor {name}; it belongs to another model or setting")
+        if tuple(held[name].size) != tuple(fragment.shape):
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(held[name].size)}, the model's is {tuple(fragment.shape)}"
+            )
+    try:
+        dcp.load(fragments, storage_reader=reader)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise CheckpointError(f"{folder}: cannot be read ({' '.join(str(first).split())[:200]})") from None
+    return sorted(set(held) - set(fragments))
+
+
+def held_names(folder: Path) -> set[str]:
+    """Names of all tensors in a checkpoint."""
+    return set(read_metadata(folder).state_dict_metadata)

@@ -1,0 +1,219 @@
+"""The command line: presets, files, the depth dial and dotted overrides in layers, each value with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from megatron_adamba.config.depth import REASONS, derive_from_depth
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.rules import nearest
+from megatron_adamba.errors import ConfigError
+
+_DEPTH = "depth"
+
+
+@dataclass
+class ParsedArguments:
+    """A checked config and where each value came from."""
+
+    config: AdambaConfig
+    sources: dict[str, str]
+    """flat key -> default | preset NAME | --depth N | FILE | command line"""
+    deepspeed_config: str | None = None
+    """path of the ds_config, None for the built-in one"""
+    print_config: bool = False
+    summary: bool = False
+    depth: int | None = None
+    derived: dict[str, Any] = field(default_factory=dict)
+    """what the depth dial set and nothing later overrode"""
+
+
+def preset_names() -> list[str]:
+    folder = importlib.resources.files("megatron_adamba.config").joinpath("presets")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def build_parser(prog: str) -> ArgumentParser:
+    """The parser of every script that takes a whole config."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--preset NAME] [--config FILE] [--depth N] [--SECTION.FIELD VALUE ...]",
+        description="Later wins: defaults, preset, config file, command line. Lists are written [a,b], nothing is null.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", type=str, help="one of " + ", ".join(preset_names()))
+    parser.add_argument("--config", type=str, help="YAML file with the same sections as the presets")
+    parser.add_argument("--depth", type=int, help="one dial: derives layers, hidden size, heads, batch, learning rates")
+    parser.add_argument("--deepspeed_config", type=str, help="JSON file with what DeepSpeed owns, e.g. ds_configs/zero1.json")
+    parser.add_argument("--local_rank", type=int, help="given by launchers; the environment decides")
+    parser.add_argument("--resume", type=str, help="short for --checkpoint.resume")
+    parser.add_argument("--print_config", action="store_true", help="show each value and where it came from, and stop")
+    parser.add_argument("--summary", action="store_true", help="with --print_config: parameters and FLOPs per width")
+    for section in dataclasses.fields(AdambaConfig):
+        parser.add_class_arguments(section.default_factory, section.name)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str], prog: str = "pretrain_adamba.py") -> ParsedArguments:
+    """Layers, lowest first: defaults, preset, `--config` file, command line.
+
+    `depth` in any of the last three derives values that lie right under the other values of its own layer.
+    Raises ConfigError, one line, with the nearest known name for a typo.
+    """
+    parser = build_parser(prog)
+    known = _known_keys()
+    _check_flags(argv, parser, known)
+    given = _parse(parser, lambda: parser.parse_args(list(argv), defaults=False), "command line")
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if given.get("preset") is not None:
+        name = given["preset"]
+        layers.append((f"preset {name}", _typed(parser, _preset_values(name), f"preset {name}", known)))
+    if given.get("config") is not None:
+        path = given["config"]
+        layers.append((path, _typed(parser, _file_values(path), path, known)))
+    layers.append(("command line", _flatten(given)))
+    return _merge(parser, layers, given)
+
+
+def _merge(parser: ArgumentParser, layers: list[tuple[str, dict]], given: Namespace) -> ParsedArguments:
+    values = {key: value for key, value in _flatten(parser.get_defaults()).items() if "." in key}
+    sources = dict.fromkeys(values, "default")
+    depth = None
+    for source, layer in layers:
+        if layer.get(_DEPTH) is not None:
+            depth = layer[_DEPTH]
+            derived = derive_from_depth(depth)
+            if "model.block_pattern" not in layer:
+                derived["model.block_pattern"] = None
+            values.update(derived)
+            sources.update(dict.fromkeys(derived, f"--depth {depth}"))
+        for key, value in layer.items():
+            if "." in key:
+                values[key] = value
+                sources[key] = source
+    if given.get("resume") is not None:
+        values["checkpoint.resume"], sources["checkpoint.resume"] = given["resume"], "command line"
+    config = _instantiate(values)
+    config.check()
+    derived = {key: values[key] for key in sources if sources[key].startswith("--depth ") and key in REASONS}
+    return ParsedArguments(
+        config=config,
+        sources=sources,
+        deepspeed_config=given.get("deepspeed_config"),
+        print_config=bool(given.get("print_config")),
+        summary=bool(given.get("summary")),
+        depth=depth,
+        derived=derived,
+    )
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for section in dataclasses.fields(AdambaConfig):
+        keys += [f"{section.name}.{entry.name}" for entry in dataclasses.fields(section.default_factory)]
+    return keys
+
+
+def _check_flags(argv: Sequence[str], parser: ArgumentParser, known: list[str]) -> None:
+    """Typos first: the parser's own message for them is long and names no neighbour."""
+    flags = {option for action in parser._actions for option in action.option_strings} | {f"--{key}" for key in known}
+    sections = {section.name for section in dataclasses.fields(AdambaConfig)}
+    for word in argv:
+        name = word.split("=", 1)[0]
+        if not name.startswith("--") or name in flags:
+            continue
+        if name.removeprefix("--").split(".")[0] in sections and name.startswith(("--model.modes.", "--model.nest.")):
+            continue
+        near = nearest(name, flags)
+        raise ConfigError(f"{name}: unknown flag; did you mean {near}?" if near else f"{name}: unknown flag; see --help")
+
+
+def _parse(parser: ArgumentParser, call: Any, source: str) -> Namespace:
+    try:
+        return call()
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        text = " ".join(str(error).replace("\n", " ").split())
+        text = text.replace('Parser key "', "--").replace('":', ":")
+        raise ConfigError(f"{source}: {text}; see --help for what each flag takes") from None
+
+
+def _preset_values(name: str) -> dict[str, Any]:
+    if name not in preset_names():
+        near = nearest(name, preset_names()) or preset_names()[0]
+        raise ConfigError(f"--preset {name}: unknown; did you mean {near}? (presets: {', '.join(preset_names())})")
+    text = importlib.resources.files("megatron_adamba.config").joinpath("presets", f"{name}.yaml").read_text()
+    return yaml.safe_load(text) or {}
+
+
+def _file_values(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file such as examples/own_text.yaml") from None
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"--config {path}: not YAML ({text})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: must hold sections such as `model:`, as the presets do")
+    return values
+
+
+def _typed(parser: ArgumentParser, values: dict[str, Any], source: str, known: list[str]) -> dict[str, Any]:
+    """Check names and types of a YAML layer and flatten it."""
+    sections = {section.name for section in dataclasses.fields(AdambaConfig)}
+    for name, section in values.items():
+        if name != _DEPTH and name not in sections:
+            near = nearest(name, [*sections, _DEPTH])
+            raise ConfigError(f"{source}: unknown section {name!r}" + (f"; did you mean {near}?" if near else ""))
+        if name in sections:
+            for key in section or {}:
+                if f"{name}.{key}" not in known:
+                    near = nearest(f"{name}.{key}", known)
+                    raise ConfigError(f"{source}: unknown key {name}.{key}" + (f"; did you mean {near}?" if near else ""))
+    body = {name: section for name, section in values.items() if section is not None}
+    return _flatten(_parse(parser, lambda: parser.parse_object(body, defaults=False), source))
+
+
+def _flatten(namespace: Namespace) -> dict[str, Any]:
+    """`{"model.hidden_size": ..., "depth": ...}`: sections by their fields, the rest as it is."""
+    flat: dict[str, Any] = {}
+    sections = {section.name for section in dataclasses.fields(AdambaConfig)}
+    for name, value in vars(namespace).items():
+        if name in sections:
+            if value is not None:
+                flat.update({f"{name}.{key}": inner for key, inner in vars(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _instantiate(values: dict[str, Any]) -> AdambaConfig:
+    sections = {}
+    for section in dataclasses.fields(AdambaConfig):
+        prefix = section.name + "."
+        fields = {key.removeprefix(prefix): _plain(value) for key, value in values.items() if key.startswith(prefix)}
+        if section.name == "model" and fields.get("nest") is not None:
+            fields["nest"] = [row if isinstance(row, NestRow) else NestRow(**row) for row in fields["nest"]]
+        sections[section.name] = section.default_factory(**fields)
+    return AdambaConfig(**sections)
+
+
+def _plain(value: Any) -> Any:
+    """Namespaces that the parser makes of nested values, back to dicts and lists."""
+    if isinstance(value, Namespace):
+        return value.as_dict()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,89 @@
+"""The ds_config: a file for what DeepSpeed owns, into which our config's batch sizes and clipping are written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.errors import ConfigError
+
+OURS = {
+    "train_batch_size": "--train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "--train.micro_batch_size",
+    "gradient_accumulation_steps": "--train.global_batch_size and --train.micro_batch_size",
+    "gradient_clipping": "--train.gradient_clipping",
+}
+"""ds_config keys that our config owns; a file may repeat them only with the same value"""
+
+_NOT_OURS_TO_READ = {"optimizer": "--optimizer.*", "scheduler": "--optimizer.schedule"}
+
+
+def default_ds_config() -> dict[str, Any]:
+    """What runs when no file is given: ZeRO 1, bf16 with fp32 master weights and fp32 gradient sums."""
+    return {
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 1},
+    }
+
+
+def read_ds_config(path: str | None) -> dict[str, Any]:
+    """The user's file, or the default. Raises ConfigError when it is missing or not a JSON object."""
+    if path is None:
+        return default_ds_config()
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"--deepspeed_config {path}: {error.strerror}; try ds_configs/zero1.json") from None
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed_config {path}: not JSON ({error}); try ds_configs/zero1.json") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--deepspeed_config {path}: must hold a JSON object; try ds_configs/zero1.json")
+    return values
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offload_enabled(ds_config: dict[str, Any]) -> bool:
+    zero = ds_config.get("zero_optimization", {})
+    return any(zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+
+
+def bf16_enabled(ds_config: dict[str, Any]) -> bool:
+    return bool(ds_config.get("bf16", {}).get("enabled", False))
+
+
+def complete_ds_config(ds_config: dict[str, Any], config: AdambaConfig, world_size: int, source: str) -> dict[str, Any]:
+    """Write our values into a copy of the user's ds_config.
+
+    world_size: data-parallel ranks. Under `sandwich` every pass is a micro-step of the engine, so its accumulation
+    and batch grow by the number of passes.
+    Raises ConfigError, naming both sources, where a value is given twice and differs.
+    """
+    passes = config.elastic.sandwich_passes if config.elastic.width_sampling == "sandwich" else 1
+    train = config.train
+    accumulation = train.global_batch_size // (train.micro_batch_size * world_size)
+    plain = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.gradient_clipping,
+    }
+    for key, flag in OURS.items():
+        given = ds_config.get(key, "auto")
+        if given != "auto" and given != plain[key]:
+            raise ConfigError(f"{source} says {key} {given}, but {flag} gives {plain[key]}; take it out of the file")
+    for key, flag in _NOT_OURS_TO_READ.items():
+        if key in ds_config:
+            raise ConfigError(f"{source} has a section {key!r}: it is set by {flag}; take it out of the file")
+    result = {**ds_config, **plain}
+    result["gradient_accumulation_steps"] = accumulation * passes
+    result["train_batch_size"] = train.global_batch_size * passes
+    result["zero_allow_untested_optimizer"] = True
+    result["zero_force_ds_cpu_optimizer"] = False
+    result.setdefault("steps_per_print", 10**9)
+    return result

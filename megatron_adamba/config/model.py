@@ -1,0 +1,113 @@
+"""The shape of a model: blocks, sizes and the nest table. What is `None` is derived in `blueprint.resolve`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_adamba.config.rules import one_of, positive
+
+
+@dataclass
+class NestRow:
+    """One width of the nest: how much of every elastic tensor a model of that width uses."""
+
+    width: int
+    """leading channels that the elastic sub-layers read and write"""
+    norm_size: int
+    """divisor of the prefix norm's mean square; `width` at birth, kept when a model grows"""
+    kv_groups: int
+    """leading KV groups, each with all its query heads"""
+    ffn: int
+    """leading rows of the MLP, a multiple of ffn_granule"""
+    expert_ffn: int = 0
+    """leading rows of every expert; 0 in a model without experts"""
+
+
+def _default_modes() -> dict[str, int]:
+    return {"ghost": 128, "whisper": 512, "normal": 1024}
+
+
+@dataclass
+class ModelConfig:
+    """Architecture. Sizes left out are derived and printed at start-up."""
+
+    hidden_size: int = 256
+    """channels of the residual stream"""
+    num_layers: int | None = None
+    """number of blocks; derived from block_pattern where that is given"""
+    block_pattern: str | list[str] | None = None
+    """T attention + MLP, M Mamba; e.g. "(TM)x10", "Tx12 Mx8", [transformer, mamba]; null means all T"""
+    vocab_size: int | None = None
+    """null takes the tokenizer's"""
+    num_heads: int | None = None
+    """query heads; null means hidden_size / head_dim"""
+    num_kv_groups: int | None = None
+    """key/value heads (GQA); null means num_heads"""
+    head_dim: int = 64
+    """channels of one head; even, for RoPE"""
+    ffn_size: int | None = None
+    """rows of the MLP; null means 4 H for relu2 and 8/3 H for swiglu, up to the next ffn_granule"""
+    activation: str = "relu2"
+    """relu2 | swiglu"""
+    linear_bias: bool = False
+    """biases on attention and MLP projections"""
+    rope_theta: float = 10000.0
+    """base of the rotary frequencies"""
+    rope_sign: int = 1
+    """1 rotates by +theta (the usual way), -1 by -theta (nanochat)"""
+    qk_norm: bool = True
+    """weightless RMSNorm of queries and keys over the head, after RoPE"""
+    embedding_norm: bool = False
+    """weightless RMSNorm right after the embedding (nanochat)"""
+    norm_weight: bool = True
+    """per-channel weights on the RMSNorms; nanochat has none"""
+    norm_eps: float = 1e-5
+    """epsilon of every RMSNorm"""
+    static_norm_size: int | None = None
+    """divisor of the mean square in the norms of static parts; null means hidden_size; kept when a model grows"""
+    logit_softcap: float = 0.0
+    """c of c*tanh(logits/c); 0 turns it off"""
+    tie_embeddings: bool = False
+    """the head is the embedding, transposed"""
+    sliding_window: int | None = None
+    """keys that a local attention layer sees, itself included"""
+    window_pattern: str = "L"
+    """S (sliding_window) and L (all), repeated over the T blocks in order"""
+    mamba_version: int = 2
+    """2 (SSD) or 1 (selective scan)"""
+    mamba_expand: int = 2
+    """inner size of a Mamba block in units of hidden_size, where heads are not given"""
+    mamba_d_state: int = 64
+    """state size of a Mamba head (Mamba-1: of a channel)"""
+    mamba_d_conv: int = 4
+    """taps of the causal convolution"""
+    mamba_head_dim: int = 64
+    """channels of a Mamba-2 head"""
+    mamba_num_heads: int | None = None
+    """Mamba-2 heads; null means expand * hidden_size / mamba_head_dim"""
+    mamba_num_groups: int = 1
+    """groups that share B and C (Mamba-2)"""
+    mamba_chunk_size: int = 128
+    """tokens of one chunk of the SSD"""
+    mamba_use_mlp: bool = False
+    """an elastic MLP behind the Mamba mixer in every M block"""
+    widths: list[int] | None = None
+    """ascending nested widths; the last is hidden_size; null means hidden_size alone"""
+    ffn_granule: int = 64
+    """FFN rows of one unit; ffn_size must be a multiple of it"""
+    nest: list[NestRow] | None = None
+    """the table itself, one row a width; null fills it by the rules; what a checkpoint holds is what counts"""
+    modes: dict[str, int] = field(default_factory=_default_modes)
+    """names for widths; `think` is all of hidden_size; below 2048 scaled by hidden_size / 2048 to the nearest width"""
+
+    def check(self) -> None:
+        """Rules that one field can break by itself. Raises ConfigError."""
+        for name in ("hidden_size", "head_dim", "mamba_expand", "mamba_d_state", "mamba_head_dim", "mamba_num_groups",
+                     "mamba_chunk_size", "ffn_granule", "norm_eps", "rope_theta"):
+            positive(f"--model.{name}", getattr(self, name))
+        one_of("--model.activation", self.activation, ("relu2", "swiglu"))
+        one_of("--model.rope_sign", self.rope_sign, (1, -1))
+        one_of("--model.mamba_version", self.mamba_version, (1, 2))
+        one_of("--model.mamba_d_conv", self.mamba_d_conv, (2, 3, 4))
+        for letter in self.window_pattern:
+            one_of("--model.window_pattern", letter, ("S", "L"))

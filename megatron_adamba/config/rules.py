@@ -1,0 +1,33 @@
+"""Small checks that every config section uses; each says the flag, the rule and a value that works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from megatron_adamba.errors import ConfigError
+
+
+def positive(flag: str, value: float) -> None:
+    if value <= 0:
+        raise ConfigError(f"{flag} {value}: must be above 0, for example {flag} 1")
+
+
+def in_range(flag: str, value: float, low: float, high: float) -> None:
+    """Both ends included."""
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} {value}: must lie between {low} and {high}, for example {flag} {low}")
+
+
+def one_of(flag: str, value: object, allowed: Iterable[object]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        choices = ", ".join(str(choice) for choice in allowed)
+        near = nearest(str(value), [str(choice) for choice in allowed]) or str(allowed[0])
+        raise ConfigError(f"{flag} {value}: must be one of {choices}; for example {flag} {near}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name a user most likely meant, or None."""
+    found = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None

@@ -1,0 +1,36 @@
+"""What every script does around its `main`: failures of the user's as one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+from megatron_adamba.errors import AdambaError, StorageError
+
+INTERRUPTED = 130
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def run_script(main: Callable[[list[str]], int]) -> None:
+    """Runs `main` on the command line's words and exits with what it returns.
+
+    An `AdambaError` becomes `error: ...` on stderr and its class's exit code; a full disk or one that refuses to be
+    written to counts as `StorageError`, Ctrl-C exits with 130. Anything else is a defect and keeps its traceback.
+    """
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except AdambaError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror}; free space or choose a folder that can be written", StorageError.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

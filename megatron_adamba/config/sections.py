@@ -1,0 +1,166 @@
+"""Everything of a run that is not the model's shape, one dataclass a section, its rules beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_adamba.config.rules import in_range, one_of, positive
+
+
+@dataclass
+class ElasticConfig:
+    """How training samples the nest."""
+
+    width_sampling: str = "full"
+    """full | uniform (one width for all layers) | per_layer | sandwich (full width and narrower plans each time)"""
+    plans_per_step: int = 1
+    """different plans in one optimizer step; must divide the accumulation steps"""
+    sandwich_passes: int = 2
+    """passes of one micro-batch under sandwich, the full-width one included"""
+
+    def check(self) -> None:
+        one_of("--elastic.width_sampling", self.width_sampling, ("full", "uniform", "per_layer", "sandwich"))
+        positive("--elastic.plans_per_step", self.plans_per_step)
+        in_range("--elastic.sandwich_passes", self.sandwich_passes, 2, 64)
+
+
+@dataclass
+class DataConfig:
+    """What is read."""
+
+    train: list[str] = field(default_factory=list)
+    """dataset prefixes (PREFIX.bin, PREFIX.idx), or weight, prefix, weight, prefix, ..."""
+    validation: list[str] = field(default_factory=list)
+    """dataset prefixes for evaluation"""
+    tokenizer: str | None = None
+    """bytes | FILE.model (sentencepiece) | tokenizer.json | tiktoken:NAME"""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """optimizer steps of the whole run"""
+    seq_len: int = 512
+    """tokens of one sample"""
+    micro_batch_size: int = 4
+    """samples of one forward pass on one rank"""
+    global_batch_size: int = 8
+    """samples of one optimizer step over all ranks"""
+    seed: int = 1234
+    """initial weights, data order and plans are pure functions of it"""
+    gradient_clipping: float = 1.0
+    """global gradient norm above which gradients are scaled down; 0 turns it off"""
+    activation_checkpointing: bool = False
+    """keep only each block's input and run the block again in backward"""
+    freeze: list[str] = field(default_factory=list)
+    """parameter groups that do not train: embedding, head, norm, gain, attention, mlp, mamba"""
+    nonfinite_patience: int = 5
+    """steps in a row with a non-finite loss or gradient, each skipped, after which the run stops"""
+    eval_interval: int = 0
+    """steps between evaluations at every width; 0 evaluates only at the end"""
+    eval_tokens: int = 65536
+    """validation tokens of one evaluation in training (whole documents up to it)"""
+
+    def check(self) -> None:
+        for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "nonfinite_patience", "eval_tokens"):
+            positive(f"--train.{name}", getattr(self, name))
+        for name in ("gradient_clipping", "eval_interval"):
+            in_range(f"--train.{name}", getattr(self, name), 0, float("inf"))
+
+
+@dataclass
+class OptimizerConfig:
+    """Update rule and schedule."""
+
+    name: str = "adamw"
+    """adamw | muon (hidden matrices by Muon, the rest by AdamW)"""
+    lr: float = 1e-3
+    """AdamW's peak learning rate for matrices"""
+    embedding_lr: float | None = None
+    """for the embedding; null means lr"""
+    head_lr: float | None = None
+    """for the untied head; null means lr"""
+    vector_lr: float | None = None
+    """for norms, gains, biases and Mamba's vectors; null means lr"""
+    muon_lr: float = 0.02
+    """Muon's peak learning rate"""
+    muon_momentum: float = 0.95
+    """Nesterov momentum of Muon"""
+    beta1: float = 0.9
+    """AdamW"""
+    beta2: float = 0.95
+    """AdamW"""
+    eps: float = 1e-8
+    """AdamW"""
+    weight_decay: float = 0.0
+    """decoupled, on matrices only; never on norms, gains, biases, A_log, D, dt_bias"""
+    schedule: str = "cosine"
+    """cosine | wsd (warm-up, stable, linear decay) | constant"""
+    warmup_steps: int = 10
+    """steps of linear warm-up"""
+    decay_fraction: float = 0.2
+    """share of the steps that wsd spends in its decay"""
+    min_lr_ratio: float = 0.1
+    """where the schedule ends, as a share of the peak"""
+
+    def check(self) -> None:
+        one_of("--optimizer.name", self.name, ("adamw", "muon"))
+        one_of("--optimizer.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        for name in ("lr", "muon_lr", "eps"):
+            positive(f"--optimizer.{name}", getattr(self, name))
+        for name in ("beta1", "beta2", "muon_momentum", "decay_fraction", "min_lr_ratio"):
+            in_range(f"--optimizer.{name}", getattr(self, name), 0, 1)
+        in_range("--optimizer.warmup_steps", self.warmup_steps, 0, float("inf"))
+
+
+@dataclass
+class ParallelConfig:
+    """Degrees of parallelism; data parallelism takes the ranks that are left."""
+
+    tp: int = 1
+    """tensor parallelism"""
+    pp: int = 1
+    """pipeline parallelism"""
+    ep: int = 1
+    """expert parallelism"""
+
+    def check(self) -> None:
+        for name in ("tp", "pp", "ep"):
+            positive(f"--parallel.{name}", getattr(self, name))
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and going on."""
+
+    interval: int = 0
+    """steps between training checkpoints; 0 saves only on a signal"""
+    keep_last: int = 2
+    """training checkpoints that stay on disk"""
+    resume: str = "never"
+    """auto (the latest of the run's folder, or a fresh start) | never | a checkpoint folder"""
+
+    def check(self) -> None:
+        in_range("--checkpoint.interval", self.interval, 0, float("inf"))
+        positive("--checkpoint.keep_last", self.keep_last)
+
+
+@dataclass
+class LoggingConfig:
+    """What a run leaves behind."""
+
+    run_dir: str = "runs/default"
+    """folder of metrics, logs and checkpoints"""
+    interval: int = 10
+    """steps between lines of metrics"""
+    tensorboard: bool = True
+    """write event files"""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs wandb installed"""
+    progress: bool = True
+    """live progress on rank 0"""
+
+    def check(self) -> None:
+        positive("--logging.interval", self.interval)

@@ -1,0 +1,139 @@
+"""Writing Megatron's indexed datasets as a stream; the format is described in `indexed_dataset`."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron_adamba.data.indexed_dataset import DTYPE_OF_CODE, HEADER, MAGIC, DatasetMeta, dataset_file
+from megatron_adamba.data.storage import sync_directory, temporary_path
+from megatron_adamba.errors import DataError
+
+MAX_LENGTH = 2**31 - 1
+
+
+class IndexedDatasetBuilder:
+    """Streams documents into PREFIX.bin and, on `finalize`, gives all files of the dataset their names.
+
+    Until then everything lies under temporary names in the same folder, and whatever dataset was there stays whole.
+    The index gets its name last: without it nobody takes the rest for a dataset. As a context manager it removes its
+    temporary files when the block ends without `finalize`.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+        """Args: prefix: path without suffix; dtype: the tokens' integer type, see `token_dtype`. Raises OSError."""
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = next((code for code, name in DTYPE_OF_CODE.items() if np.dtype(name) == self.dtype), None)
+        if self._code is None:
+            raise DataError(f"{prefix}: tokens of type {self.dtype} have no code in an index; use uint16 or int32")
+        self.num_tokens = 0
+        self.num_bytes = 0
+        self._lengths = array("i")
+        self._bytes = array("I")
+        dataset_file(prefix, ".bin").parent.mkdir(parents=True, exist_ok=True)
+        self._temporary: dict[str, Path] = {}
+        self._stream: BinaryIO | None = self._open(".bin")
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
+
+    def __enter__(self) -> IndexedDatasetBuilder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.abort()
+
+    def add_document(self, tokens: Sequence[int] | np.ndarray, num_bytes: int = 0) -> None:
+        """Appends one document (its end-of-document token included) and the UTF-8 size of its text."""
+        self.add_documents(np.asarray(tokens), [len(tokens)], [num_bytes])
+
+    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int], num_bytes: Sequence[int]) -> None:
+        """Appends documents that lie one after another in `tokens` (integers [sum(lengths)]).
+
+        Raises DataError for an id that the dtype cannot hold and for a document of more than 2^31 - 1 tokens, OSError
+        from the disk.
+        """
+        if self._stream is None:
+            raise ValueError("the dataset is already finished")
+        if sum(lengths) != tokens.size:
+            raise ValueError(f"{tokens.size} tokens, lengths for {sum(lengths)}")
+        limits = np.iinfo(self.dtype)
+        if tokens.size and (int(tokens.min()) < limits.min or int(tokens.max()) > limits.max):
+            raise DataError(f"{self.prefix}: a token id does not fit into {self.dtype}; use int32")
+        if max(lengths, default=0) > MAX_LENGTH or max(num_bytes, default=0) > MAX_LENGTH:
+            raise DataError(f"{self.prefix}: a document is longer than {MAX_LENGTH} tokens or bytes; split it")
+        self._stream.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        self._lengths.extend(lengths)
+        self._bytes.extend(num_bytes)
+        self.num_tokens += int(tokens.size)
+        self.num_bytes += sum(num_bytes)
+
+    def finalize(self, meta: DatasetMeta | None = None) -> None:
+        """Writes the index (and, with `meta`, the sidecars), syncs everything and renames it, the index last.
+
+        Raises DataError without any document, OSError from the disk; the dataset that was there before then stays.
+        """
+        if self._stream is None:
+            raise ValueError("the dataset is already finished")
+        if not self._lengths:
+            raise DataError(f"{self.prefix}: no document was added, and an empty dataset cannot be read; add one")
+        _close(self._stream)
+        self._write_index()
+        if meta is not None:
+            self._write(".bytes", np.frombuffer(self._bytes, dtype=np.uint32).astype("<u4").tobytes())
+            self._write(".meta.json", (json.dumps(asdict(meta), indent=2) + "\n").encode())
+        # From here on the old files go: first the old index, so that it never stands beside a new .bin.
+        dataset_file(self.prefix, ".idx").unlink(missing_ok=True)
+        for suffix in (".bytes", ".meta.json"):
+            if suffix not in self._temporary:
+                dataset_file(self.prefix, suffix).unlink(missing_ok=True)
+        for suffix in (".bin", ".bytes", ".meta.json", ".idx"):
+            if suffix in self._temporary:
+                os.replace(self._temporary.pop(suffix), dataset_file(self.prefix, suffix))
+        sync_directory(dataset_file(self.prefix, ".idx").parent)
+        self._stream = None
+
+    def abort(self) -> None:
+        """Removes what was written so far; nothing to do after `finalize`."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+        self._temporary.clear()
+
+    def _write_index(self) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32).astype("<i4")
+        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+        stream = self._open(".idx")
+        stream.write(HEADER.pack(MAGIC, 1, self._code, lengths.size, lengths.size + 1))
+        stream.write(lengths.tobytes())
+        stream.write(np.concatenate(([0], ends[:-1])).astype("<i8").tobytes())
+        stream.write(np.arange(lengths.size + 1, dtype="<i8").tobytes())
+        _close(stream)
+
+    def _write(self, suffix: str, content: bytes) -> None:
+        stream = self._open(suffix)
+        stream.write(content)
+        _close(stream)
+
+    def _open(self, suffix: str) -> BinaryIO:
+        path = temporary_path(dataset_file(self.prefix, suffix))
+        self._temporary[suffix] = path
+        return open(path, "wb")
+
+
+def _close(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()

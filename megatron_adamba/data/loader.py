@@ -1,0 +1,112 @@
+"""Samples as torch tensors, a micro-batch at a time, read ahead by one thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from megatron_adamba.data.blend import SampleSource
+from megatron_adamba.data.packed import Sample
+
+MicroBatch = dict[str, torch.Tensor | bool]
+"""int64 `tokens` and `labels`, int32 `seq_idx`, each [batch, seq] on the CPU, and the bool `packed`: whether any row
+holds more than one document (known on the host, so that nothing waits for a device)."""
+
+
+def to_micro_batch(batch: Sample) -> MicroBatch:
+    """Tensors of a sample whose arrays have a leading batch dimension, as `EvaluationBatches` yields them."""
+    tensors: MicroBatch = {name: torch.from_numpy(values) for name, values in batch.items()}
+    tensors["packed"] = bool(batch["seq_idx"].any())
+    return tensors
+
+
+def load_micro_batch(dataset: SampleSource, first_sample: int, micro_batch_size: int) -> MicroBatch:
+    """Samples first_sample to first_sample + micro_batch_size - 1 of `dataset`."""
+    rows = [dataset[first_sample + place] for place in range(micro_batch_size)]
+    return to_micro_batch({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+class MicroBatchLoader:
+    """Iterates over micro-batches n = start, start + 1, ..., each read ahead of its use by one background thread.
+
+    Micro-batch n holds the samples from `first_sample_of(n)` on, so it is a pure function of n. A failure in the
+    thread is raised by `next` in the caller's thread, after the micro-batches before it. Use it as a context manager,
+    or call `close`.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        micro_batch_size: int,
+        first_sample_of: Callable[[int], int],
+        start: int = 0,
+        stop: int | None = None,
+        depth: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        """Args: stop: number of the micro-batch to end before (None: endless); depth: micro-batches held ready."""
+        self._dataset = dataset
+        self._micro_batch_size = micro_batch_size
+        self._first_sample_of = first_sample_of
+        self._numbers = (start, stop)
+        self._pin_memory = pin_memory
+        self._queue: queue.Queue[MicroBatch | BaseException] = queue.Queue(maxsize=depth)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="micro-batch-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        if self._closing.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def __enter__(self) -> MicroBatchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the thread and waits for it; safe to call twice."""
+        self._closing.set()
+        while self._thread.is_alive():
+            # A full queue holds the thread in `put`.
+            self._drain()
+            self._thread.join(timeout=0.05)
+        self._drain()
+
+    def _drain(self) -> None:
+        try:
+            while True:
+                self._queue.get_nowait()
+        except queue.Empty:
+            return
+
+    def _read_ahead(self) -> None:
+        number, stop = self._numbers
+        try:
+            while not self._closing.is_set() and (stop is None or number < stop):
+                batch = load_micro_batch(self._dataset, self._first_sample_of(number), self._micro_batch_size)
+                if self._pin_memory:
+                    batch = {
+                        name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+                        for name, value in batch.items()
+                    }
+                self._queue.put(batch)
+                number += 1
+            last: BaseException = StopIteration()
+        except BaseException as error:
+            last = error
+        if not self._closing.is_set():
+            self._queue.put(last)

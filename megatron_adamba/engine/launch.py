@@ -1,0 +1,104 @@
+"""Joining the other ranks, whichever launcher started this process: deepspeed, torchrun, srun, or none."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_adamba.errors import ConfigError
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Who this process is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    backend: str
+
+
+def start_distributed() -> RankInfo:
+    """Set up torch.distributed through DeepSpeed: NCCL with a GPU, gloo without. Safe to call once per process.
+
+    Raises ConfigError where the launcher's variables contradict each other.
+    """
+    _complete_environment()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = import_deepspeed()
+    backend = "nccl" if cuda else "gloo"
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(backend, verbose=False, auto_mpi_discovery=False, timeout=_TIMEOUT)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return RankInfo(dist.get_rank(), dist.get_world_size(), local_rank, device, backend)
+
+
+def import_deepspeed():
+    """DeepSpeed, quiet, and with its C++ shared-memory collectives off: building them needs a compiler and minutes."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed = importlib.import_module("deepspeed")
+    importlib.import_module("deepspeed.utils").logger.setLevel(logging.ERROR)
+    compatible = importlib.import_module("deepspeed.ops").__compatible_ops__
+    compatible["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def stop_distributed() -> None:
+    """Leave the group; quiet when it was never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher started, before anything is set up."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def _complete_environment() -> None:
+    """Fill RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        env.setdefault("LOCAL_RANK", env["RANK"])
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "127.0.0.1"))
+    else:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", "29500")
+    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        raise ConfigError(f"RANK {env['RANK']}: must be below WORLD_SIZE {env['WORLD_SIZE']}; start through a launcher")
+
+
+def _first_host(node_list: str) -> str:
+    """First name of a SLURM node list: `node[03-07,12]` gives node03."""
+    head, bracket, rest = node_list.partition("[")
+    if not bracket:
+        return node_list.split(",")[0]
+    if "," in head:
+        return head.split(",")[0]
+    return head + rest.rstrip("]").split(",")[0].split("-")[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,145 @@
+"""The optimizer we hand to DeepSpeed: AdamW for all, Muon for hidden matrices, on whole tensors or ZeRO's flat partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_adamba.blueprint.manifest import ParamSpec
+from megatron_adamba.config.sections import OptimizerConfig
+
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""quintic Newton-Schulz iteration of Muon (Jordan et al. 2024)"""
+NS_STEPS = 5
+
+
+def parameter_groups(module: nn.Module, specs: Sequence[ParamSpec], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups of trainable parameters, each with its peak learning rate in `peak_lr`.
+
+    Only matrices decay. Muon's groups carry the shapes of their matrices in the order of the parameters, because
+    ZeRO replaces the parameters by one flat partition.
+    """
+    parameters = dict(module.named_parameters())
+    trained = [spec for spec in specs if parameters[spec.name].requires_grad]
+    muon = config.name == "muon"
+    choice = lambda value: config.lr if value is None else value
+    plans = (
+        ("muon", [s for s in trained if muon and s.kind == "matrix"], config.muon_lr, config.weight_decay),
+        ("matrix", [s for s in trained if not muon and s.kind == "matrix"], config.lr, config.weight_decay),
+        ("embedding", [s for s in trained if s.group == "embedding"], choice(config.embedding_lr), 0.0),
+        ("head", [s for s in trained if s.group == "head"], choice(config.head_lr), 0.0),
+        ("vector", [s for s in trained if s.kind == "vector"], choice(config.vector_lr), 0.0),
+    )
+    return [
+        {
+            "params": [parameters[spec.name] for spec in members],
+            "name": name,
+            "use_muon": name == "muon",
+            "shapes": [spec.shape for spec in members],
+            "peak_lr": peak,
+            "lr": peak,
+            "weight_decay": decay,
+        }
+        for name, members, peak, decay in plans
+        if members
+    ]
+
+
+class ElasticOptimizer(torch.optim.AdamW):
+    """AdamW (arXiv 1711.05101), and Muon for groups with `use_muon`.
+
+    Under ZeRO 1 and 2 the one parameter of a Muon group is this rank's slice of all its matrices laid end to end, in
+    order and padded at the end: the momentum is gathered, matrices that overlap the slice are orthogonalized whole,
+    and the slice of the result is kept. The gradient arrives clipped by its raw norm.
+    `skip_step` makes the next steps leave weights and state as they are, until it is set back.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, ns_dtype: torch.dtype, data_group=None) -> None:
+        betas = (config.beta1, config.beta2)
+        fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+        super().__init__(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
+        self.muon_momentum = config.muon_momentum
+        self.ns_dtype, self.data_group = ns_dtype, data_group
+        self.skip_step = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.skip_step:
+            return None
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["use_muon"]]
+            if self.param_groups:
+                super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["use_muon"]:
+                self._muon_step(group)
+        return None
+
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.numel()]
+        if len(params) == len(group["shapes"]) and all(p.shape == s for p, s in zip(params, group["shapes"])):
+            for p in params:
+                if p.grad is not None:
+                    _apply(p, orthogonalize(self._momentum(p), self.ns_dtype), group)
+            return
+        (flat,) = params
+        if flat.grad is None:
+            return
+        _apply(flat, self._orthogonal_slice(self._momentum(flat), group["shapes"]), group)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        """Nesterov momentum; the sum of past gradients is the state `exp_avg`."""
+        state = self.state[p]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(p)
+        average = state["exp_avg"].lerp_(p.grad, 1 - self.muon_momentum)
+        return p.grad.lerp(average, self.muon_momentum)
+
+    def _orthogonal_slice(self, update: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+        ranks = dist.get_world_size(self.data_group)
+        rank, size = dist.get_rank(self.data_group), update.numel()
+        whole = update
+        if ranks > 1:
+            whole = update.new_empty(ranks * size)
+            dist.all_gather_into_tensor(whole, update.contiguous(), group=self.data_group)
+        low, high, start = rank * size, (rank + 1) * size, 0
+        out = torch.zeros_like(update)
+        for rows, cols in shapes:
+            end = start + rows * cols
+            if start < high and end > low:
+                result = orthogonalize(whole[start:end].view(rows, cols), self.ns_dtype).flatten()
+                first, last = max(start, low), min(end, high)
+                out[first - low : last - low] = result[first - start : last - start]
+            start = end
+        return out
+
+
+def _apply(p: Tensor, update: Tensor, group: dict[str, Any]) -> None:
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    p.add_(update, alpha=-group["lr"])
+
+
+def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Roughly U V^T of the matrix's singular value decomposition, times max(1, rows / cols)^0.5.
+
+    matrix: [rows, cols]; computed in `dtype`, returned in the matrix's own.
+    """
+    a, b, c = NS_COEFFICIENTS
+    rows, cols = matrix.shape
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
+    if rows > cols:
+        x = x.t()
+    for _ in range(NS_STEPS):
+        gram = x @ x.t()
+        poly = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, poly, x, beta=a)
+    if rows > cols:
+        x = x.t()
+    return x.to(matrix.dtype) * max(1.0, rows / cols) ** 0.5

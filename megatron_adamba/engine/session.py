@@ -1,0 +1,121 @@
+"""One DeepSpeed engine around one model: micro-steps, the guarded optimizer step, and the tensors a checkpoint needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_adamba.blueprint.manifest import ParamSpec
+from megatron_adamba.config.ds_config import bf16_enabled, offload_enabled, zero_stage
+from megatron_adamba.config.sections import OptimizerConfig
+from megatron_adamba.engine.gradients import all_finite, gradient_tensors
+from megatron_adamba.engine.launch import RankInfo, import_deepspeed
+from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
+from megatron_adamba.ops.nested_linear import Accumulation
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """global norm before clipping; nan where the step was skipped for not being finite"""
+    skipped: bool
+
+
+class TrainingSession:
+    """Runs a model under DeepSpeed. The model must have its final `requires_grad` flags.
+
+    ds_config: complete (`config.ds_config.complete_ds_config`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: tuple[ParamSpec, ...],
+        optimizer: OptimizerConfig,
+        ds_config: dict[str, Any],
+        rank_info: RankInfo,
+    ) -> None:
+        self.rank_info, self.specs = rank_info, specs
+        self.stage, self.offload = zero_stage(ds_config), offload_enabled(ds_config)
+        self.bf16 = bf16_enabled(ds_config)
+        ns_dtype = torch.bfloat16 if self.bf16 else torch.float32
+        groups = parameter_groups(model, specs, optimizer)
+        # ZeRO replaces the groups' parameters by flat partitions, so who belongs where is kept here
+        self._group_of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
+        self.optimizer = ElasticOptimizer(groups, optimizer, ns_dtype, dist.group.WORLD)
+        self.engine, *_ = import_deepspeed().initialize(model=model, optimizer=self.optimizer, config=ds_config)
+        self.micro_steps = ds_config["gradient_accumulation_steps"]
+        self._done = 0
+        self._losses_finite = True
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    @property
+    def defers(self) -> bool:
+        """Whether gradients of nested weights are summed in place and handed over once a step."""
+        return self.stage <= 1 and not self.offload
+
+    def micro_step(self, **inputs: Any) -> Tensor:
+        """Forward and backward of one micro-batch; returns its loss, detached. `inputs` are the model's."""
+        last = self._done == self.micro_steps - 1
+        if not self.defers:
+            mode = Accumulation.DIRECT
+        else:
+            mode = Accumulation.HAND_OVER if last else Accumulation.DEFER
+        # blocks above the exit run on zero tokens wherever a gradient is expected of them
+        loss = self.engine(**inputs, accumulation=mode, all_take_part=mode is not Accumulation.DEFER)
+        self.engine.backward(loss)
+        detached = loss.detach()
+        self._losses_finite = torch.isfinite(detached) & self._losses_finite
+        self._done += 1
+        if not last:
+            self.engine.step()
+        return detached
+
+    def step(self) -> StepResult:
+        """The optimizer's step after the last micro-batch; left out on every rank when a loss or gradient of any of
+        them is not finite."""
+        assert self._done == self.micro_steps, "step comes after the last micro-batch"
+        grads = gradient_tensors(self.engine)
+        finite = all_finite(grads, self.rank_info.device) & self._losses_finite
+        flag = finite.to(torch.float32).reshape(1)
+        if self.rank_info.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        skipped = flag.item() == 0
+        norm = self._plain_norm(grads) if self.stage == 0 else None
+        self.optimizer.skip_step = skipped
+        self.engine.step()
+        self.optimizer.skip_step = False
+        self._done, self._losses_finite = 0, True
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return StepResult(float("nan") if skipped else float(norm), skipped)
+
+    def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The optimizer group of a trainable parameter."""
+        return self.optimizer.param_groups[self._group_of[id(parameter)]]
+
+    def set_learning_rates(self, factor: float) -> None:
+        """lr = peak * factor in every group."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """Average a small tensor over the data-parallel ranks."""
+        value = value.clone()
+        if self.rank_info.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.rank_info.world_size
+        return value
+
+    @staticmethod
+    def _plain_norm(grads: list[Tensor]) -> float:
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item() if grads else 0.0

@@ -1,0 +1,159 @@
+"""Weights and optimizer state of this rank as fragments of canonical tensors, for every kind of DeepSpeed optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_adamba.checkpoint.canonical import WEIGHT_PREFIX
+from megatron_adamba.checkpoint.rectangles import Fragment
+from megatron_adamba.checkpoint.training import held_names, load_fragments
+from megatron_adamba.engine.session import TrainingSession
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A slice of one of the optimizer's flat tensors that belongs to one parameter."""
+
+    flat: Tensor
+    """what the optimizer steps: a flat partition, or the parameter itself at stage 0"""
+    low: int
+    numel: int
+    start: int
+    """first element's place in the whole parameter"""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().view(-1)[self.low : self.low + self.numel]
+
+
+def training_fragments(session: TrainingSession) -> dict[str, Fragment]:
+    """`weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME` where the parameter trains."""
+    _make_optimizer_state(session)
+    fragments: dict[str, Fragment] = {}
+    for name, parameter in session.module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if not parameter.requires_grad:
+            flat, start = _frozen_piece(parameter)
+            fragments[WEIGHT_PREFIX + name] = Fragment(flat, start, shape)
+            continue
+        piece = _trained_piece(session, parameter)
+        empty = torch.empty(0)
+        fragments[WEIGHT_PREFIX + name] = Fragment(piece.of(piece.flat) if piece else empty, piece.start if piece else 0, shape)
+        for key in _state_keys(session, parameter):
+            flat = piece.of(session.optimizer.state[piece.flat][key]) if piece else empty
+            fragments[f"{key}/{name}"] = Fragment(flat, piece.start if piece else 0, shape)
+    return fragments
+
+
+def restore(session: TrainingSession, folder: Path, optimizer_steps: int) -> dict[str, list[str]]:
+    """Fill weights and optimizer state from a training checkpoint of the same layout.
+
+    optimizer_steps: how often the optimizer has stepped. Returns what happened to optimizer state that does not match
+    one to one: {"reset": [...], "dropped": [...]}.
+    """
+    fragments = training_fragments(session)
+    held = held_names(folder)
+    wanted = {name: part for name, part in fragments.items() if name in held or name.startswith(WEIGHT_PREFIX)}
+    dropped = load_fragments(folder, wanted)
+    for state in session.optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(float(optimizer_steps))
+    _refresh_low_precision(session)
+    return {"reset": sorted(set(fragments) - set(wanted)), "dropped": dropped}
+
+
+def _state_keys(session: TrainingSession, parameter: nn.Parameter) -> tuple[str, ...]:
+    return ("exp_avg",) if session.group_of(parameter)["use_muon"] else ("exp_avg", "exp_avg_sq")
+
+
+def _flat_tensors(session: TrainingSession) -> list[list[Tensor]]:
+    """Per parameter group: what the optimizer really steps."""
+    optimizer = session.engine.optimizer
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return [[flat] for flat in optimizer.fp32_groups_flat_partition]
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return [[flat] for flat in optimizer.single_partition_of_fp32_groups]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        groups: list[list[Tensor]] = [[] for _ in session.optimizer.param_groups]
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            groups[optimizer.sub_group_to_group_id[number]].append(flat)
+        return groups
+    return [list(group["params"]) for group in session.optimizer.param_groups]
+
+
+def _make_optimizer_state(session: TrainingSession) -> None:
+    """State that a first step would make, so that a fresh engine has somewhere to load into."""
+    for group, flats in zip(session.optimizer.param_groups, _flat_tensors(session)):
+        for flat in flats:
+            state: dict[str, Any] = session.optimizer.state[flat]
+            if "exp_avg" in state:
+                continue
+            state["exp_avg"] = torch.zeros_like(flat)
+            if not group["use_muon"]:
+                state["exp_avg_sq"] = torch.zeros_like(flat)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+
+
+def _trained_piece(session: TrainingSession, parameter: nn.Parameter) -> _Piece | None:
+    """None where this rank holds nothing of the parameter."""
+    optimizer = session.engine.optimizer
+    if hasattr(optimizer, "grad_position"):
+        group, low, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = dist.get_rank(optimizer.dp_process_group) * size
+        numel = min(size, parameter.ds_numel - start)
+        return _Piece(optimizer.fp32_partitioned_groups_flat[group], low, numel, start) if numel > 0 else None
+    if hasattr(parameter, "_hp_mapping"):
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = _flat_tensors(session)[mapping.param_group_index][0]
+        address = mapping.hp_fragment_address
+        return _Piece(flat, address.start, address.numel, mapping.lp_fragment_address.start)
+    return _Piece(parameter, 0, parameter.numel(), 0)
+
+
+def _frozen_piece(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Frozen weights: partitioned under ZeRO 3, elsewhere whole on every rank and written by the first."""
+    if hasattr(parameter, "ds_tensor"):
+        flat = parameter.ds_tensor.detach().view(-1)
+        start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
+        return flat[: max(0, parameter.ds_numel - start)], start
+    return parameter.detach().view(-1), 0
+
+
+def own_fragments(fragments: dict[str, Fragment], module: nn.Module) -> dict[str, Fragment]:
+    """For saving: whole frozen tensors are written once, by rank 0."""
+    if dist.get_rank() == 0:
+        return fragments
+    whole = {
+        WEIGHT_PREFIX + name
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad and not hasattr(parameter, "ds_tensor")
+    }
+    return {
+        name: Fragment(torch.empty(0, dtype=part.dtype), 0, part.shape) if name in whole else part
+        for name, part in fragments.items()
+    }
+
+
+def _refresh_low_precision(session: TrainingSession) -> None:
+    """Copy the restored fp32 weights into the model's own and share them between ranks."""
+    optimizer = session.engine.optimizer
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        for high, low in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat):
+            low.data.copy_(high.data)
+        for parameter in _persistent(session.module.parameters()):
+            parameter.all_gather([parameter])
+
+
+def _persistent(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
+    """Parameters that ZeRO 3 keeps whole: their gathered copy has to follow."""
+    return [parameter for parameter in parameters if getattr(parameter, "ds_persist", False)]

@@ -1,0 +1,34 @@
+"""Nested linear layers: one module holds the weights that read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_adamba.ops.nested_linear import Accumulation, GradientSink, nested_linears
+
+
+class NestedLinears(nn.Module):
+    """Several linear maps of one input, each used by a leading block of rows and columns.
+
+    Parameters: `{name}_weight` [rows, cols] and, with bias, `{name}_bias` [rows] for each name.
+    """
+
+    def __init__(self, rows: dict[str, int], cols: int, bias: bool, device=None) -> None:
+        super().__init__()
+        self.names = tuple(rows)
+        self.has_bias = bias
+        for name, size in rows.items():
+            self.register_parameter(f"{name}_weight", nn.Parameter(torch.empty(size, cols, device=device)))
+        if bias:
+            for name, size in rows.items():
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(size, device=device)))
+        self.sinks = tuple(GradientSink() for _ in range(len(rows) * (2 if bias else 1)))
+
+    def forward(self, x: Tensor, rows: Sequence[int], accumulation: Accumulation) -> tuple[Tensor, ...]:
+        """x: [..., cols used]; rows: how many of each map's rows; returns [..., rows[i]] each."""
+        weights = [getattr(self, f"{name}_weight") for name in self.names]
+        biases = [getattr(self, f"{name}_bias") for name in self.names] if self.has_bias else None
+        return nested_linears(x, weights, biases, rows, x.shape[-1], self.sinks, accumulation)

@@ -1,0 +1,60 @@
+"""Rotary position embedding (arXiv 2104.09864), half-split, together with the weightless norm of queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_adamba.ops.rms_norm import inverse_rms
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, sign: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/head_dim), each [seq, head_dim / 2] in fp32.
+
+    positions: [seq]; sign: 1 rotates by +angle, -1 by -angle.
+    """
+    index = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angle = torch.outer(positions.float(), theta ** (-index / head_dim))
+    return angle.cos(), angle.sin() * sign
+
+
+def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, norm: bool, eps: float) -> Tensor:
+    """Rotate the halves of each head and, with `norm`, divide by its root mean square.
+
+    x: [batch, seq, heads, head_dim]; cos, sin: [seq, head_dim / 2]. Rotation keeps lengths, so norm after rotation
+    and norm before it are the same function.
+    """
+    return _RotateNorm.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2), norm, eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return out
+
+
+class _RotateNorm(torch.autograd.Function):
+    """Keeps its output (which attention keeps anyway) and one number a head."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, norm: bool, eps: float) -> Tensor:
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        out = _rotate(x, cos, sin)
+        r = None
+        if norm:
+            r = inverse_rms(x, x.shape[-1], eps)
+            out.mul_(r.to(out.dtype))
+        ctx.save_for_backward(out if norm else None, r, cos, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out, r, cos, sin = ctx.saved_tensors
+        if out is not None:
+            # the norm's backward in rotated coordinates: the rotation is orthogonal and commutes with it
+            projection = torch.linalg.vecdot(grad, out).unsqueeze(-1) / out.shape[-1]
+            grad = torch.addcmul(grad, out, projection, value=-1).mul_(r.to(grad.dtype))
+        return _rotate(grad, cos, -sin), None, None, None, None

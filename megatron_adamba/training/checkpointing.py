@@ -1,0 +1,93 @@
+"""Saving and resuming a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_adamba.checkpoint.canonical import canonical_from_training
+from megatron_adamba.checkpoint.training import (
+    latest_checkpoint,
+    read_state,
+    save_training_checkpoint,
+    verify_files,
+)
+from megatron_adamba.engine.state import own_fragments, restore, training_fragments
+from megatron_adamba.errors import AdambaError, CheckpointError
+from megatron_adamba.training.run import Run
+
+
+def checkpoint_root(run: Run) -> Path:
+    return run.run_dir / "checkpoints"
+
+
+def save(run: Run, counters: dict[str, Any]) -> Path:
+    """counters: the trainer's own JSON values, `step` among them."""
+    fragments = own_fragments(training_fragments(run.session), run.session.module)
+    config = run.plan.config.to_dict()
+    config["tokenizer_hash"] = run.plan.tokenizer.hash
+    state = {"counters": counters, "config": config}
+    keep = run.plan.config.checkpoint.keep_last
+    return save_training_checkpoint(checkpoint_root(run), counters["step"], fragments, state, keep)
+
+
+def find_resume(run: Run) -> Path | None:
+    """The checkpoint that `--checkpoint.resume` asks for, None for a fresh start. Raises CheckpointError."""
+    wanted = run.plan.config.checkpoint.resume
+    if wanted == "never":
+        return None
+    if wanted == "auto":
+        return latest_checkpoint(checkpoint_root(run))
+    folder = Path(wanted)
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume {wanted}: no such folder; try --resume auto")
+    return folder
+
+
+def resume(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Verify, compare and load; every rank fails where one does, before anything is changed.
+
+    Returns the trainer's counters and what happened to optimizer state (`engine.state.restore`).
+    """
+    state = together(lambda: _checked_state(run, folder))
+    counters = state["counters"]
+    report = restore(run.session, folder, counters["optimizer_steps"])
+    return counters, report
+
+
+def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
+    verify_files(folder, (dist.get_rank(), dist.get_world_size()))
+    state = read_state(folder)
+    ours, theirs = run.plan.config.to_dict()["model"], state["config"]["model"]
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise CheckpointError(f"{folder}: was trained with model.{key} {theirs.get(key)}, this run has {value}")
+    if state["config"]["tokenizer_hash"] != run.plan.tokenizer.hash:
+        raise CheckpointError(f"{folder}: was trained with another tokenizer; give --data.tokenizer of that run")
+    return state
+
+
+def together(action: Any) -> Any:
+    """Run `action` on every rank; if it fails on any, raise that rank's message on all, so that nobody waits."""
+    failure, result = None, None
+    try:
+        result = action()
+    except AdambaError as error:
+        failure = error
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if failure is None else (type(failure).__name__, str(failure)))
+    if failure is not None:
+        raise failure
+    for other in failures:
+        if other is not None:
+            raise CheckpointError(other[1])
+    return result
+
+
+def write_final_model(run: Run, checkpoint: Path) -> Path:
+    """The run's canonical checkpoint, `RUN/model`, converted by rank 0 from what was just saved."""
+    folder = run.run_dir / "model"
+    together(lambda: canonical_from_training(checkpoint, folder) if dist.get_rank() == 0 else None)
+    return folder

@@ -1,0 +1,27 @@
+"""Which parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from megatron_adamba.blueprint.manifest import GROUPS, ParamSpec
+from megatron_adamba.config.rules import one_of
+from megatron_adamba.errors import ConfigError
+
+
+def freeze_groups(module: nn.Module, specs: Sequence[ParamSpec], groups: Sequence[str]) -> int:
+    """Turn gradients off for whole groups of the manifest; returns how many elements are frozen.
+
+    Raises ConfigError for an unknown group and when nothing would be left to train.
+    """
+    for group in groups:
+        one_of("--train.freeze", group, GROUPS)
+    parameters = dict(module.named_parameters())
+    frozen = [spec for spec in specs if spec.group in groups]
+    if len(frozen) == len(specs):
+        raise ConfigError(f"--train.freeze {','.join(groups)}: leaves nothing to train; take one group out")
+    for spec in frozen:
+        parameters[spec.name].requires_grad_(False)
+    return sum(spec.numel for spec in frozen)

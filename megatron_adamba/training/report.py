@@ -1,0 +1,89 @@
+"""What a run prints before it starts: the config with its sources, the model's sizes, what was chosen and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_adamba.blueprint.summary import summarize
+from megatron_adamba.config.cli import ParsedArguments
+from megatron_adamba.config.depth import REASONS
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.evaluation.widths import EvaluationRow
+from megatron_adamba.ops.dispatch import available_kernels
+from megatron_adamba.training.run import Run
+
+
+def print_config(console: Console, config: AdambaConfig, sources: dict[str, str]) -> None:
+    """Every value and where it came from; values that were derived say so."""
+    for section in dataclasses.fields(AdambaConfig):
+        values = getattr(config, section.name)
+        console.print(f"{section.name}:", highlight=False)
+        for entry in dataclasses.fields(values):
+            value = getattr(values, entry.name)
+            source = sources.get(f"{section.name}.{entry.name}", "default")
+            if entry.name == "nest" and value:
+                value = [dataclasses.astuple(row) for row in value]
+            console.print(f"  {entry.name}: {value}  # {source}", highlight=False, soft_wrap=True, markup=False)
+
+
+def print_summary(console: Console, config: ModelConfig, seq_len: int) -> None:
+    """Parameters by component and FLOPs per token at every width."""
+    summary = summarize(config, seq_len)
+    table = Table(title=f"{config.num_layers} blocks, hidden size {config.hidden_size}: {summary['blocks']}")
+    table.add_column("component")
+    table.add_column("parameters", justify="right")
+    for group, count in summary["parameters"].items():
+        if group != "gain":
+            table.add_row(group, f"{count:,}")
+    table.add_row("total", f"{summary['total_without_gains']:,}")
+    table.add_row("gains, counted apart", f"{summary['parameters'].get('gain', 0):,}")
+    console.print(table)
+    table = Table(title=f"FLOPs per token at {seq_len} tokens")
+    for name in ("width", "KV groups", "FFN rows", "forward", "training", "of full"):
+        table.add_column(name, justify="right")
+    for row in summary["widths"]:
+        table.add_row(
+            str(row["width"]),
+            str(row["kv_groups"]),
+            str(row["ffn"]),
+            f"{row['forward_flops']:.3e}",
+            f"{row['training_flops']:.3e}",
+            f"{row['share_of_full']:.1%}",
+        )
+    console.print(table)
+
+
+def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
+    """The choices of this run, one line each."""
+    config, info = run.plan.config, run.session.rank_info
+    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * info.world_size)
+    summary = summarize(config.model, config.train.seq_len)
+    lines = [
+        f"model      {config.model.block_pattern}, hidden {config.model.hidden_size}, widths {config.model.widths}, "
+        f"{summary['total_without_gains']:,} parameters" + (f", {run.frozen:,} frozen" if run.frozen else ""),
+        f"layout     {info.world_size} x data parallel, ZeRO {run.plan.zero_stage}, "
+        f"{'bf16 with fp32 master weights' if run.plan.bf16 else 'fp32'}, {info.device.type}, {info.backend}",
+        f"batch      {config.train.global_batch_size} x {config.train.seq_len} tokens = {info.world_size} ranks x "
+        f"{accumulation} micro-batches of {config.train.micro_batch_size}",
+        f"sampling   {config.elastic.width_sampling}, {run.sampler.passes} pass(es) of each micro-batch",
+        f"optimizer  {config.optimizer.name}, {config.optimizer.schedule}, {config.train.steps} steps",
+    ]
+    lines += [f"kernel     {name}: {choice}" for name, choice in available_kernels().items()]
+    lines += [f"--depth {parsed.depth}   {key} = {value}  ({REASONS[key]})" for key, value in parsed.derived.items()]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_rows(console: Console, rows: list[EvaluationRow]) -> None:
+    """The table of an evaluation at every width."""
+    table = Table(title=f"{rows[0].tokens:,} held-out tokens")
+    for name in ("width", "nats / token", "bits / byte", "forward FLOPs / token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
+        table.add_row(str(row.width), f"{row.nats_per_token:.4f}", bits, f"{row.flops_per_token:.3e}")
+    console.print(table)

@@ -1,0 +1,98 @@
+"""Everything a run consists of, built from a checked config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_adamba.blueprint.compat import RunSetup, check_combination
+from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.config.cli import ParsedArguments
+from megatron_adamba.config.ds_config import (
+    bf16_enabled,
+    complete_ds_config,
+    offload_enabled,
+    read_ds_config,
+    zero_stage,
+)
+from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.data.blend import build_dataset, open_dataset
+from megatron_adamba.data.packed import EvaluationBatches, evaluation_batches
+from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_adamba.elastic.sampler import PlanSampler
+from megatron_adamba.engine.launch import RankInfo
+from megatron_adamba.engine.session import TrainingSession
+from megatron_adamba.errors import ConfigError
+from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.training.freeze import freeze_groups
+
+
+@dataclass
+class RunPlan:
+    """What is known before any process group or weight exists."""
+
+    config: AdambaConfig
+    """resolved: nothing of the model is left to derive"""
+    ds_config: dict[str, Any]
+    specs: tuple[ParamSpec, ...]
+    tokenizer: Tokenizer
+    zero_stage: int
+    bf16: bool
+
+
+@dataclass
+class Run:
+    """A plan brought to life on this rank."""
+
+    plan: RunPlan
+    session: TrainingSession
+    dataset: Any
+    sampler: PlanSampler
+    validation: EvaluationBatches | None
+    frozen: int
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.plan.config.logging.run_dir)
+
+
+def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
+    """Check everything that can be checked at parse time. Raises ConfigError, TokenizerError."""
+    config = parsed.config
+    if config.data.tokenizer is None:
+        raise ConfigError("--data.tokenizer: not given; try --data.tokenizer bytes")
+    if not config.data.train:
+        raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
+    raw = read_ds_config(parsed.deepspeed_config)
+    stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
+    check_combination(RunSetup(config, stage, offload, world_size, bf16))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config = replace(config, model=resolve_model(config.model, tokenizer.vocab_size))
+    ds_config = complete_ds_config(raw, config, world_size, parsed.deepspeed_config or "the built-in ds_config")
+    return RunPlan(config, ds_config, manifest(config.model), tokenizer, stage, bf16)
+
+
+def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
+    """Open the data, build and initialise the model, wrap it in the engine. Raises DataError, ConfigError."""
+    config = plan.config
+    dataset = build_dataset(config.data.train, config.train.seq_len, config.train.seed, plan.tokenizer)
+    validation = _validation(plan)
+    model = AdambaModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
+    model.initialize(config.train.seed)
+    frozen = freeze_groups(model, plan.specs, config.train.freeze)
+    session = TrainingSession(model, plan.specs, config.optimizer, plan.ds_config, rank_info)
+    sampler = PlanSampler(config.model, config.elastic, config.train.seed)
+    return Run(plan, session, dataset, sampler, validation, frozen)
+
+
+def _validation(plan: RunPlan) -> EvaluationBatches | None:
+    config = plan.config
+    if not config.data.validation:
+        return None
+    indexed = open_dataset(config.data.validation[0], plan.tokenizer, "--data.validation")
+    train = config.train
+    return evaluation_batches(
+        indexed, train.seq_len, train.micro_batch_size, plan.tokenizer.eod_id, train.eval_tokens
+    )

@@ -1,0 +1,224 @@
+"""The loop: micro-batches, guarded steps, metrics, evaluation, saving."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megatron_adamba.blueprint.flops import training_flops
+from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
+from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
+from megatron_adamba.errors import NonFiniteError, StoppedBySignal
+from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans
+from megatron_adamba.training.checkpointing import find_resume, resume, save, write_final_model
+from megatron_adamba.training.metrics import MetricsWriter
+from megatron_adamba.training.nonfinite import first_bad_tensor
+from megatron_adamba.training.peak import matmul_rate
+from megatron_adamba.training.progress import ProgressView
+from megatron_adamba.training.run import Run
+from megatron_adamba.training.schedule import learning_rate_factor
+from megatron_adamba.training.signals import StopRequest
+
+
+class Trainer:
+    """Runs a `Run` from its checkpoint or the start to its last step, on every rank alike."""
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run, self.console = run, console
+        self.config, self.session = run.plan.config, run.session
+        self.rank_info = run.session.rank_info
+        self.device = self.rank_info.device
+        train = self.config.train
+        self.num_micro_batches = train.global_batch_size // train.micro_batch_size
+        self.accumulation = self.num_micro_batches // self.rank_info.world_size
+        self.counters = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.log = logging.getLogger("megatron_adamba")
+        self.flops = 0
+        self.last_batch: MicroBatch = {}
+
+    @property
+    def first_rank(self) -> bool:
+        return self.rank_info.rank == 0
+
+    def train(self) -> list[EvaluationRow]:
+        """To the last step; returns the final evaluation.
+
+        Raises StoppedBySignal after saving, NonFiniteError when too many steps in a row were skipped, CheckpointError
+        and StorageError from checkpoints.
+        """
+        self._maybe_resume()
+        steps = self.config.train.steps
+        self.peak = matmul_rate(torch.bfloat16 if self.run.plan.bf16 else torch.float32, self.device)
+        writer = MetricsWriter(self.config, self.run.run_dir, self.counters["step"]) if self.first_rank else None
+        view = ProgressView(self.console, steps, self.counters["step"], self.config.logging.progress)
+        try:
+            with StopRequest() as stop, self._loader() as batches:
+                while self.counters["step"] < steps:
+                    self._one_step(batches, writer, view)
+                    self._after_step(stop, writer)
+            saved = save(self.run, self.counters)
+            rows = self.evaluate(writer)
+        finally:
+            view.close()
+            if writer is not None:
+                writer.close()
+        write_final_model(self.run, saved)
+        return rows
+
+    def _maybe_resume(self) -> None:
+        folder = find_resume(self.run)
+        if folder is None:
+            return
+        self.counters, report = resume(self.run, folder)
+        for what, names in report.items():
+            if names:
+                self._say(f"optimizer state {what}: {len(names)} tensors, {names[0]} first")
+        self._say(f"resumed from {folder} at step {self.counters['step']}")
+
+    def _loader(self) -> MicroBatchLoader:
+        train = self.config.train
+        base, rank, ranks = self.counters["consumed_samples"], self.rank_info.rank, self.rank_info.world_size
+
+        def first_sample(number: int) -> int:
+            step, index = divmod(number, self.accumulation)
+            return base + step * train.global_batch_size + (index * ranks + rank) * train.micro_batch_size
+
+        count = (train.steps - self.counters["step"]) * self.accumulation
+        pin = self.device.type == "cuda"
+        return MicroBatchLoader(self.run.dataset, train.micro_batch_size, first_sample, 0, count, pin_memory=pin)
+
+    def _one_step(self, batches: MicroBatchLoader, writer: MetricsWriter | None, view: ProgressView) -> None:
+        start = time.perf_counter()
+        step, train = self.counters["step"], self.config.train
+        factor = learning_rate_factor(self.config.optimizer, step, train.steps)
+        self.session.set_learning_rates(factor)
+        losses, label = self._micro_batches(batches, step)
+        result = self.session.step()
+        mean = self.session.mean_over_ranks(losses)
+        self.counters["step"] += 1
+        self.counters["consumed_samples"] += train.global_batch_size
+        self._count(result.skipped)
+        seconds = time.perf_counter() - start
+        record = self._record(mean, label, factor, result, seconds)
+        logged = self.counters["step"] % self.config.logging.interval == 0 or self.counters["step"] == train.steps
+        if self.first_rank:
+            view.update(record, logged)
+            if logged:
+                writer.write(record)
+                self.log.info("step %d loss %.6f grad_norm %s", record["step"], record["loss"], record["grad_norm"])
+
+    def _micro_batches(self, batches: MicroBatchLoader, step: int) -> tuple[Tensor, str]:
+        """Mean loss over this rank's micro-batches per pass, [passes], and a name for the widths that ran."""
+        passes = self.run.sampler.passes
+        losses: list[Tensor] = [torch.zeros((), device=self.device)] * passes
+        labels: dict[str, None] = {}
+        self.flops = 0
+        for index in range(self.accumulation):
+            batch = self.last_batch = next(batches)
+            number = index * self.rank_info.world_size + self.rank_info.rank
+            for k in range(passes):
+                plan = self.run.sampler.micro_batch_plan(step, number, self.num_micro_batches, k)
+                loss = self.session.micro_step(**self._inputs(batch), plan=plan)
+                losses[k] = losses[k] + loss.float()
+                labels[plan.label] = None
+                self._count_flops(plan)
+        return torch.stack(losses) / self.accumulation, "+".join(labels)
+
+    def _inputs(self, batch: MicroBatch) -> dict[str, Tensor | None]:
+        move = lambda name: batch[name].to(self.device, non_blocking=True)
+        return {
+            "tokens": move("tokens"),
+            "labels": move("labels"),
+            "seq_idx": move("seq_idx") if batch["packed"] else None,
+        }
+
+    def _count_flops(self, plan: ElasticPlan) -> None:
+        train = self.config.train
+        per_token = training_flops(self.config.model, plan.widths, train.seq_len, plan.exit_layer)
+        self.flops += per_token * train.micro_batch_size * train.seq_len
+
+    def _count(self, skipped: bool) -> None:
+        if not skipped:
+            self.counters["optimizer_steps"] += 1
+            self.counters["skipped_in_a_row"] = 0
+            return
+        self.counters["skipped"] += 1
+        self.counters["skipped_in_a_row"] += 1
+        self._say(f"step {self.counters['step']}: loss or gradient is not finite, the update is left out")
+
+    def _record(self, mean: Tensor, label: str, factor: float, result, seconds: float) -> dict[str, Any]:
+        train = self.config.train
+        tokens = train.global_batch_size * train.seq_len
+        values = mean.tolist()
+        record = {
+            "step": self.counters["step"],
+            "loss": sum(values) / len(values),
+            "grad_norm": result.grad_norm,
+            "lr_factor": factor,
+            "width": label,
+            "tokens": self.counters["consumed_samples"] * train.seq_len,
+            "tokens_per_second": tokens / seconds,
+            "mfu": self.flops / seconds / self.peak,
+            "seconds": seconds,
+            "seconds_left": (train.steps - self.counters["step"]) * seconds,
+            "skipped": self.counters["skipped"],
+        }
+        if len(values) > 1:
+            record["loss_full"] = values[0]
+        return record
+
+    def _after_step(self, stop: StopRequest, writer: MetricsWriter | None) -> None:
+        train, step = self.config.train, self.counters["step"]
+        if self.counters["skipped_in_a_row"] >= train.nonfinite_patience:
+            self._stop_for_nonfinite()
+        flag = torch.tensor([float(stop.requested is not None)], device=self.device)
+        if self.session.mean_over_ranks(flag).item() > 0:
+            folder = save(self.run, self.counters)
+            raise StoppedBySignal(f"{stop.requested or 'a signal'}: saved {folder}; go on with --resume auto")
+        interval = self.config.checkpoint.interval
+        if interval and step % interval == 0 and step < train.steps:
+            save(self.run, self.counters)
+        if train.eval_interval and step % train.eval_interval == 0 and step < train.steps:
+            self.evaluate(writer)
+
+    def _stop_for_nonfinite(self) -> None:
+        plan = self.run.sampler.plan(self.counters["step"] - 1, 0)
+
+        def run_batch() -> None:
+            with torch.no_grad():
+                self.session.engine(**self._inputs(self.last_batch), plan=plan)
+
+        name = first_bad_tensor(self.session.module, run_batch)
+        raise NonFiniteError(
+            f"loss or gradient not finite in {self.counters['skipped_in_a_row']} steps in a row, up to step "
+            f"{self.counters['step']}; first bad tensor: {name}; try a lower --optimizer.lr, or --resume auto"
+        )
+
+    def evaluate(self, writer: MetricsWriter | None) -> list[EvaluationRow]:
+        """Every width on the run's validation tokens; empty without validation data."""
+        if self.run.validation is None:
+            return []
+        model = self.config.model
+        plans = [uniform_plan(model, width) for width in model.widths]
+
+        def forward(tokens: Tensor, labels: Tensor, seq_idx: Tensor | None, plan: ElasticPlan) -> Tensor:
+            return self.session.engine(tokens=tokens, labels=labels, seq_idx=seq_idx, plan=plan, reduction="none")
+
+        self.session.engine.eval()
+        rows = evaluate_plans(forward, model, self.run.validation, plans, self.device)
+        self.session.engine.train()
+        if writer is not None:
+            for row in rows:
+                writer.write({"step": self.counters["step"], "eval_width": row.width,
+                              "eval_nats_per_token": row.nats_per_token, "eval_bits_per_byte": row.bits_per_byte})
+        return rows
+
+    def _say(self, text: str) -> None:
+        if self.first_rank:
+            self.console.print(text, highlight=False)
+        self.log.info(text)

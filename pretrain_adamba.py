@@ -1,0 +1,90 @@
+"""Train an elastic hybrid language model.
+
+deepspeed --num_gpus 2 pretrain_adamba.py --preset tiny-hybrid
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_adamba.config.cli import ParsedArguments, parse_arguments
+from megatron_adamba.errors import AdambaError
+
+
+def main(argv: list[str]) -> int:
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        parsed = parse_arguments(argv)
+        return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
+    except AdambaError as error:
+        if first:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def show_config(parsed: ParsedArguments) -> int:
+    from rich.console import Console
+
+    from megatron_adamba.blueprint.resolve import resolve_model
+    from megatron_adamba.data.tokenizer import load_tokenizer
+    from megatron_adamba.training.report import print_config, print_summary
+
+    config = parsed.config
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        vocab_size = load_tokenizer(config.data.tokenizer or "bytes").vocab_size
+    model = resolve_model(config.model, vocab_size)
+    sources = dict(parsed.sources)
+    for name, value in vars(model).items():
+        if getattr(config.model, name) != value:
+            sources[f"model.{name}"] = f"derived from {sources[f'model.{name}']}"
+    console = Console()
+    if parsed.print_config:
+        print_config(console, replace(config, model=model), sources)
+    if parsed.summary:
+        print_summary(console, model, config.train.seq_len)
+    return 0
+
+
+def train(parsed: ParsedArguments) -> int:
+    from rich.console import Console
+
+    from megatron_adamba.engine.launch import start_distributed, stop_distributed, world_size_from_environment
+    from megatron_adamba.training.report import print_rows, print_start
+    from megatron_adamba.training.run import build_run, plan_run
+    from megatron_adamba.training.trainer import Trainer
+
+    plan = plan_run(parsed, world_size_from_environment())
+    info = start_distributed()
+    try:
+        run_dir = Path(plan.config.logging.run_dir)
+        log_to_file(run_dir, info.rank)
+        run = build_run(plan, info)
+        console = Console(quiet=info.rank != 0)
+        print_start(console, run, parsed)
+        rows = Trainer(run, console).train()
+        if rows:
+            print_rows(console, rows)
+        console.print(f"model written to {run_dir / 'model'}", highlight=False)
+        return 0
+    finally:
+        stop_distributed()
+
+
+def log_to_file(run_dir: Path, rank: int) -> None:
+    """Each rank keeps a log of its own in RUN/logs."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("megatron_adamba")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Run the tests: all but the slow grids, or everything with --all. Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+marks=(-m "not slow")
+if [ "${1:-}" = "--all" ]; then
+    marks=()
+    shift
+fi
+exec python -m pytest "${marks[@]}" "$@"
