@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_adamba.config.script import run_script
 from megatron_adamba.data.preprocess import PreprocessOptions, preprocess
-from megatron_adamba.data.storage import write_atomically
+from megatron_adamba.files import write_atomically
 
 
 def parse(words: list[str]) -> argparse.Namespace:

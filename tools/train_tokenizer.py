@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_adamba.config.script import run_script
 from megatron_adamba.data.corpus import is_validation, iterate_documents
 from megatron_adamba.data.sentencepiece_training import train_sentencepiece
-from megatron_adamba.data.storage import write_atomically
+from megatron_adamba.files import write_atomically
 
 
 def parse(words: list[str]) -> argparse.Namespace:

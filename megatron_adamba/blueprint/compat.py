@@ -48,8 +48,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "tensor, pipeline and expert parallelism",
         lambda s: max(s.config.parallel.tp, s.config.parallel.pp, s.config.parallel.ep) > 1,
-        lambda s: "--parallel: this version runs data parallelism and ZeRO 1 to 3; "
-        "use --parallel.tp 1 --parallel.pp 1 --parallel.ep 1",
+        lambda s: (
+            "--parallel: this version runs data parallelism and ZeRO 1 to 3; "
+            "use --parallel.tp 1 --parallel.pp 1 --parallel.ep 1"
+        ),
     ),
     Rule(
         "ZeRO 0 on several processes",
@@ -79,14 +81,18 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "a batch that does not divide",
         lambda s: _accumulation(s) != int(_accumulation(s)) or _accumulation(s) < 1,
-        lambda s: f"--train.global_batch_size {s.config.train.global_batch_size}: must be a multiple of "
-        f"micro_batch_size x ranks = {s.config.train.micro_batch_size} x {s.world_size}; try {_legal_batch(s)}",
+        lambda s: (
+            f"--train.global_batch_size {s.config.train.global_batch_size}: must be a multiple of "
+            f"micro_batch_size x ranks = {s.config.train.micro_batch_size} x {s.world_size}; try {_legal_batch(s)}"
+        ),
     ),
     Rule(
         "plans that do not divide the accumulation",
         lambda s: int(_accumulation(s)) % s.config.elastic.plans_per_step != 0,
-        lambda s: f"--elastic.plans_per_step {s.config.elastic.plans_per_step}: must divide the "
-        f"{int(_accumulation(s))} accumulation steps; one of {_legal_plans(s)}",
+        lambda s: (
+            f"--elastic.plans_per_step {s.config.elastic.plans_per_step}: must divide the "
+            f"{int(_accumulation(s))} accumulation steps; one of {_legal_plans(s)}"
+        ),
     ),
 )
 """Checked in this order; the first that is broken is reported."""

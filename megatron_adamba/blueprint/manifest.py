@@ -35,8 +35,9 @@ class ParamSpec:
 
 def manifest(config: ModelConfig) -> tuple[ParamSpec, ...]:
     """All parameters of a resolved config, in the order in which the model holds them."""
-    specs = [ParamSpec("embedding.weight", (config.vocab_size, config.hidden_size), "embedding", "table", "embedding",
-                       "vocab", 0)]
+    ends = (config.vocab_size, config.hidden_size)
+    table = "tied_embedding" if config.tie_embeddings else "embedding"
+    specs = [ParamSpec("embedding.weight", ends, "embedding", "table", table, "vocab", 0)]
     for index, letter in enumerate(config.block_pattern):
         prefix = f"blocks.{index}"
         if letter == "T":
@@ -48,8 +49,7 @@ def manifest(config: ModelConfig) -> tuple[ParamSpec, ...]:
                 specs += _mlp(config, prefix)
     specs += _static_norm(config, "final_norm")
     if not config.tie_embeddings:
-        specs.append(ParamSpec("head.weight", (config.vocab_size, config.hidden_size), "head", "table", "head",
-                               "vocab", 0))
+        specs.append(ParamSpec("head.weight", ends, "head", "table", "head", "vocab", 0))
     return tuple(specs)
 
 
@@ -74,14 +74,19 @@ def _attention(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     specs = _nested_norm(config, f"{prefix}.attention_norm")
     rows = (("q", query), ("k", key), ("v", key))
     for name, size in rows:
-        specs.append(ParamSpec(f"{prefix}.attention.qkv.{name}_weight", (size, hidden), "attention", "matrix", "linear",
-                               "kv_group", 0))
+        specs.append(
+            ParamSpec(
+                f"{prefix}.attention.qkv.{name}_weight", (size, hidden), "attention", "matrix", "linear", "kv_group", 0
+            )
+        )
     if config.linear_bias:
         for name, size in rows:
-            specs.append(ParamSpec(f"{prefix}.attention.qkv.{name}_bias", (size,), "attention", "vector", "zeros",
-                                   "kv_group", 0))
-    specs.append(ParamSpec(f"{prefix}.attention.out.o_weight", (hidden, query), "attention", "matrix", "output",
-                           "kv_group", 1))
+            specs.append(
+                ParamSpec(f"{prefix}.attention.qkv.{name}_bias", (size,), "attention", "vector", "zeros", "kv_group", 0)
+            )
+    specs.append(
+        ParamSpec(f"{prefix}.attention.out.o_weight", (hidden, query), "attention", "matrix", "output", "kv_group", 1)
+    )
     if config.linear_bias:
         specs.append(ParamSpec(f"{prefix}.attention.out.o_bias", (hidden,), "attention", "vector", "zeros"))
     return specs
@@ -92,13 +97,15 @@ def _mlp(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     specs = _nested_norm(config, f"{prefix}.mlp_norm")
     names = ("gate", "up") if config.activation == "swiglu" else ("up",)
     for name in names:
-        specs.append(ParamSpec(f"{prefix}.mlp.up.{name}_weight", (ffn, hidden), "mlp", "matrix", "linear",
-                               "ffn_granule", 0))
+        specs.append(
+            ParamSpec(f"{prefix}.mlp.up.{name}_weight", (ffn, hidden), "mlp", "matrix", "linear", "ffn_granule", 0)
+        )
     if config.linear_bias:
         for name in names:
             specs.append(ParamSpec(f"{prefix}.mlp.up.{name}_bias", (ffn,), "mlp", "vector", "zeros", "ffn_granule", 0))
-    specs.append(ParamSpec(f"{prefix}.mlp.down.down_weight", (hidden, ffn), "mlp", "matrix", "output",
-                           "ffn_granule", 1))
+    specs.append(
+        ParamSpec(f"{prefix}.mlp.down.down_weight", (hidden, ffn), "mlp", "matrix", "output", "ffn_granule", 1)
+    )
     if config.linear_bias:
         specs.append(ParamSpec(f"{prefix}.mlp.down.down_bias", (hidden,), "mlp", "vector", "zeros"))
     return specs
@@ -117,8 +124,10 @@ def _mamba2(config: ModelConfig, prefix: str) -> list[ParamSpec]:
         ("norm.weight", (inner,), "vector", "ones"),
         ("out_proj.weight", (hidden, inner), "matrix", "output"),
     )
-    return [ParamSpec(f"{prefix}.{name}", shape, "mamba", kind, init, "mamba", 1 if name == "out_proj.weight" else 0)
-            for name, shape, kind, init in rows]
+    return [
+        ParamSpec(f"{prefix}.{name}", shape, "mamba", kind, init, "mamba", 1 if name == "out_proj.weight" else 0)
+        for name, shape, kind, init in rows
+    ]
 
 
 def mamba1_dt_rank(config: ModelConfig) -> int:
@@ -127,7 +136,12 @@ def mamba1_dt_rank(config: ModelConfig) -> int:
 
 
 def _mamba1(config: ModelConfig, prefix: str) -> list[ParamSpec]:
-    hidden, inner, state, rank = config.hidden_size, mamba_inner_size(config), config.mamba_d_state, mamba1_dt_rank(config)
+    hidden, inner, state, rank = (
+        config.hidden_size,
+        mamba_inner_size(config),
+        config.mamba_d_state,
+        mamba1_dt_rank(config),
+    )
     rows = (
         ("A_log", (inner, state), "vector", "a_log_arange", 0),
         ("D", (inner,), "vector", "ones", 0),
@@ -139,5 +153,7 @@ def _mamba1(config: ModelConfig, prefix: str) -> list[ParamSpec]:
         ("dt_proj.bias", (inner,), "vector", "dt_bias", 0),
         ("out_proj.weight", (hidden, inner), "matrix", "output", 1),
     )
-    return [ParamSpec(f"{prefix}.{name}", shape, "mamba", kind, init, "mamba", axis)
-            for name, shape, kind, init, axis in rows]
+    return [
+        ParamSpec(f"{prefix}.{name}", shape, "mamba", kind, init, "mamba", axis)
+        for name, shape, kind, init, axis in rows
+    ]

@@ -38,7 +38,9 @@ def check_nest(config: ModelConfig) -> None:
         raise ConfigError(f"--model.nest: is empty; leave it out, or give --model.widths [{config.hidden_size}]")
     widths = [row.width for row in rows]
     if widths != sorted(set(widths)) or widths[0] < 1:
-        raise ConfigError(f"--model.widths {widths}: must ascend without repeats; try {sorted({abs(w) for w in widths})}")
+        raise ConfigError(
+            f"--model.widths {widths}: must ascend without repeats; try {sorted({abs(w) for w in widths})}"
+        )
     if widths[-1] != config.hidden_size:
         raise ConfigError(
             f"--model.widths {widths}: the last width must be the hidden size; "

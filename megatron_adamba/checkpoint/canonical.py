@@ -26,11 +26,16 @@ WEIGHT_PREFIX = "weight/"
 
 
 def write_canonical(
-    folder: Path, config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    extra_files: Iterable[Path] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write aside and rename; one shard is in memory at a time.
 
-    config: JSON values, with the resolved model under `model`. Raises StorageError where the disk is full.
+    config: JSON values, with the resolved model under `model`; extra_files are copied in under their own names.
+    Raises StorageError where the disk is full.
     """
     aside = folder.with_name(folder.name + ".tmp")
     try:
@@ -40,6 +45,8 @@ def write_canonical(
         index = {"metadata": {"total_size": places.pop("")}, "weight_map": places}
         write_atomically(aside / INDEX_FILE, json.dumps(index, indent=1).encode())
         write_atomically(aside / CONFIG_FILE, json.dumps(config, indent=1).encode())
+        for path in extra_files:
+            write_atomically(aside / path.name, path.read_bytes())
         sync_directory(aside)
         if folder.exists():
             shutil.rmtree(folder)
@@ -131,11 +138,14 @@ def load_into(module: torch.nn.Module, folder: Path) -> None:
             parameters[name].copy_(tensor)
 
 
-def canonical_from_training(checkpoint: Path, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Convert a training checkpoint in one process, a shard at a time: weights only, fp32 where they were trained."""
+def canonical_from_training(checkpoint: Path, folder: Path, extra_files: Iterable[Path] = ()) -> None:
+    """Convert a training checkpoint in one process, a shard at a time: weights only, fp32 where they were trained.
+
+    extra_files: copied in beside the weights, such as the tokenizer.
+    """
     verify_files(checkpoint)
     state = read_state(checkpoint)
-    write_canonical(folder, state["config"], _training_weights(checkpoint), max_shard_bytes)
+    write_canonical(folder, state["config"], _training_weights(checkpoint), extra_files)
 
 
 def _training_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:

@@ -101,7 +101,11 @@ def _explain(error: CheckpointException, folder: Path) -> Exception:
                 return cause
             if isinstance(cause, OSError) and (found := as_storage_error(cause, str(folder))):
                 return found
-            if "No space left" in str(cause) or "file write failed" in str(cause) or "PytorchStreamWriter" in str(cause):
+            if (
+                "No space left" in str(cause)
+                or "file write failed" in str(cause)
+                or "PytorchStreamWriter" in str(cause)
+            ):
                 return as_storage_error(OSError(28, "No space left on device"), str(folder))
             cause = cause.__cause__ or cause.__context__
     return error
@@ -137,7 +141,9 @@ def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
         if Path(name).name != name or not path.exists():
             raise CheckpointError(f"{path}: missing; use an earlier checkpoint")
         if path.stat().st_size != listed[name]["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes of {listed[name]['bytes']}; use an earlier checkpoint")
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes of {listed[name]['bytes']}; use an earlier checkpoint"
+            )
         if _fingerprint(path) != listed[name]:
             raise CheckpointError(f"{path}: damaged (checksum differs); use an earlier checkpoint")
 

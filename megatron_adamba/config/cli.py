@@ -56,7 +56,9 @@ def build_parser(prog: str) -> ArgumentParser:
     parser.add_argument("--preset", type=str, help="one of " + ", ".join(preset_names()))
     parser.add_argument("--config", type=str, help="YAML file with the same sections as the presets")
     parser.add_argument("--depth", type=int, help="one dial: derives layers, hidden size, heads, batch, learning rates")
-    parser.add_argument("--deepspeed_config", type=str, help="JSON file with what DeepSpeed owns, e.g. ds_configs/zero1.json")
+    parser.add_argument(
+        "--deepspeed_config", type=str, help="JSON file with what DeepSpeed owns, e.g. ds_configs/zero1.json"
+    )
     parser.add_argument("--local_rank", type=int, help="given by launchers; the environment decides")
     parser.add_argument("--resume", type=str, help="short for --checkpoint.resume")
     parser.add_argument("--print_config", action="store_true", help="show each value and where it came from, and stop")
@@ -137,7 +139,9 @@ def _check_flags(argv: Sequence[str], parser: ArgumentParser, known: list[str]) 
         if name.removeprefix("--").split(".")[0] in sections and name.startswith(("--model.modes.", "--model.nest.")):
             continue
         near = nearest(name, flags)
-        raise ConfigError(f"{name}: unknown flag; did you mean {near}?" if near else f"{name}: unknown flag; see --help")
+        raise ConfigError(
+            f"{name}: unknown flag; did you mean {near}?" if near else f"{name}: unknown flag; see --help"
+        )
 
 
 def _parse(parser: ArgumentParser, call: Any, source: str) -> Namespace:
@@ -161,7 +165,9 @@ def _file_values(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file such as examples/own_text.yaml") from None
+        raise ConfigError(
+            f"--config {path}: {error.strerror}; give a YAML file such as examples/own_text.yaml"
+        ) from None
     except yaml.YAMLError as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: not YAML ({text})") from None
@@ -181,7 +187,9 @@ def _typed(parser: ArgumentParser, values: dict[str, Any], source: str, known: l
             for key in section or {}:
                 if f"{name}.{key}" not in known:
                     near = nearest(f"{name}.{key}", known)
-                    raise ConfigError(f"{source}: unknown key {name}.{key}" + (f"; did you mean {near}?" if near else ""))
+                    raise ConfigError(
+                        f"{source}: unknown key {name}.{key}" + (f"; did you mean {near}?" if near else "")
+                    )
     body = {name: section for name, section in values.items() if section is not None}
     return _flatten(_parse(parser, lambda: parser.parse_object(body, defaults=False), source))
 

@@ -102,8 +102,18 @@ class ModelConfig:
 
     def check(self) -> None:
         """Rules that one field can break by itself. Raises ConfigError."""
-        for name in ("hidden_size", "head_dim", "mamba_expand", "mamba_d_state", "mamba_head_dim", "mamba_num_groups",
-                     "mamba_chunk_size", "ffn_granule", "norm_eps", "rope_theta"):
+        for name in (
+            "hidden_size",
+            "head_dim",
+            "mamba_expand",
+            "mamba_d_state",
+            "mamba_head_dim",
+            "mamba_num_groups",
+            "mamba_chunk_size",
+            "ffn_granule",
+            "norm_eps",
+            "rope_theta",
+        ):
             positive(f"--model.{name}", getattr(self, name))
         one_of("--model.activation", self.activation, ("relu2", "swiglu"))
         one_of("--model.rope_sign", self.rope_sign, (1, -1))

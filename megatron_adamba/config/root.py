@@ -50,7 +50,9 @@ def model_config_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
     known = {entry.name for entry in dataclasses.fields(ModelConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ConfigError(f"{source}: unknown model setting {unknown[0]}; this version knows {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{source}: unknown model setting {unknown[0]}; this version knows {', '.join(sorted(known))}"
+        )
     values = dict(values)
     if values.get("nest") is not None:
         values["nest"] = [NestRow(**row) for row in values["nest"]]

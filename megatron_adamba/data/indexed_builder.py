@@ -14,8 +14,8 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_adamba.data.indexed_dataset import DTYPE_OF_CODE, HEADER, MAGIC, DatasetMeta, dataset_file
-from megatron_adamba.data.storage import sync_directory, temporary_path
 from megatron_adamba.errors import DataError
+from megatron_adamba.files import sync_directory, temporary_path
 
 MAX_LENGTH = 2**31 - 1
 

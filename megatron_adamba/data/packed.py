@@ -210,7 +210,7 @@ class EvaluationBatches:
     def _count_bytes(self) -> int | None:
         per_document, meta = self._indexed.document_bytes, self._indexed.meta
         if per_document is not None:
-            return int(per_document[:].sum(dtype=np.int64))
+            return int(per_document[: self.num_documents].sum(dtype=np.int64))
         if meta is None:
             return None
         return round(meta.num_bytes * self._stream.num_tokens / self._indexed.num_tokens)

@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_adamba.data.storage import write_atomically
 from megatron_adamba.data.tokenizer_sentencepiece import SPACE_MARK, SentencePieceTokenizer
 from megatron_adamba.errors import ConfigError, DataError, TokenizerError
+from megatron_adamba.files import write_atomically
 
 SPACE_STAND_IN = "\ue020"
 TAB_STAND_IN = "\ue009"

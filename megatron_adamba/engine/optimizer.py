@@ -58,7 +58,9 @@ class ElasticOptimizer(torch.optim.AdamW):
     `skip_step` makes the next steps leave weights and state as they are, until it is set back.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig, ns_dtype: torch.dtype, data_group=None) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, ns_dtype: torch.dtype, data_group=None
+    ) -> None:
         betas = (config.beta1, config.beta2)
         fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
         super().__init__(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)

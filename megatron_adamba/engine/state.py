@@ -44,7 +44,9 @@ def training_fragments(session: TrainingSession) -> dict[str, Fragment]:
             continue
         piece = _trained_piece(session, parameter)
         empty = torch.empty(0)
-        fragments[WEIGHT_PREFIX + name] = Fragment(piece.of(piece.flat) if piece else empty, piece.start if piece else 0, shape)
+        fragments[WEIGHT_PREFIX + name] = Fragment(
+            piece.of(piece.flat) if piece else empty, piece.start if piece else 0, shape
+        )
         for key in _state_keys(session, parameter):
             flat = piece.of(session.optimizer.state[piece.flat][key]) if piece else empty
             fragments[f"{key}/{name}"] = Fragment(flat, piece.start if piece else 0, shape)

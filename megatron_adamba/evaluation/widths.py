@@ -67,7 +67,9 @@ def evaluate_plans(
     return [_row(config, plan, total.item(), batches, seq_len) for plan, total in zip(plans, totals)]
 
 
-def _row(config: ModelConfig, plan: ElasticPlan, total: float, batches: EvaluationBatches, seq_len: int) -> EvaluationRow:
+def _row(
+    config: ModelConfig, plan: ElasticPlan, total: float, batches: EvaluationBatches, seq_len: int
+) -> EvaluationRow:
     return EvaluationRow(
         width=max(plan.widths),
         nats_per_token=total / max(batches.num_tokens, 1),

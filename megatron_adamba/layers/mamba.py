@@ -1,7 +1,7 @@
 """Mamba-1 and Mamba-2 mixers, always at full width, with a cache for generation.
 
-Every parameter belongs to the module whose own forward reads it (a partitioned parameter is gathered around exactly that
-module's forward). None is initialised here: `model/init.py` fills them by name, as each class says.
+Every parameter belongs to the module whose own forward reads it: a partitioned parameter is gathered around exactly
+that module's forward. None is initialised here: `model/init.py` fills them by name, as each class says.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_adamba.ops import dispatch
+from megatron_adamba.ops.cpu_linear import linear
 from megatron_adamba.ops.gated_norm import gated_rms_norm
 
 
@@ -31,6 +32,9 @@ class _Projection(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
 
 class CausalConv1d(nn.Module):
     """Depthwise causal convolution and silu: weight [channels, d_conv], bias [channels]."""
@@ -49,9 +53,7 @@ class CausalConv1d(nn.Module):
         if x.shape[1] == 1:
             with torch.no_grad():
                 return dispatch.causal_conv1d_step(x[:, 0], cache.conv_state, self.weight, self.bias).unsqueeze(1)
-        y, final = dispatch.causal_conv1d(
-            x, self.weight, self.bias, seq_idx, cache.conv_state, return_final_state=True
-        )
+        y, final = dispatch.causal_conv1d(x, self.weight, self.bias, seq_idx, cache.conv_state, return_final_state=True)
         cache.conv_state.copy_(final.detach())
         return y
 
@@ -81,7 +83,7 @@ class Mamba2Mixer(nn.Module):
     The initialisation that belongs to them: A uniform in [1, 16]; dt_bias the inverse softplus of a log-uniform dt in
     [1e-3, 1e-1]; D and norm.weight one; the projections and the convolution like any linear layer.
 
-    num_heads defaults to expand * hidden_size / head_dim; a tensor-parallel rank passes its own num_heads and num_groups.
+    num_heads defaults to expand * hidden_size / head_dim; a tensor-parallel rank passes its own num_heads, num_groups.
     Raises ValueError where the sizes do not fit together.
     """
 
@@ -147,9 +149,7 @@ class Mamba2Mixer(nn.Module):
     def _scan(self, u, dt, B, C, seq_idx, cache) -> Tensor:
         A = -self.A_log.float().exp()
         if cache is None:
-            return dispatch.ssd_scan(
-                u, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias, seq_idx=seq_idx
-            )
+            return dispatch.ssd_scan(u, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias, seq_idx=seq_idx)
         state = cache.ssm_state
         if u.shape[1] == 1:
             with torch.no_grad():
@@ -173,8 +173,9 @@ class Mamba1Mixer(nn.Module):
       dt_proj.weight [d_inner, dt_rank], dt_proj.bias [d_inner], which the scan adds in float32
       A_log [d_inner, d_state], D [d_inner]; computed with in float32 whatever they are kept in
       out_proj.weight [hidden_size, d_inner]
-    The initialisation that belongs to them: A_log = log(1..d_state) in every row; D one; dt_proj.bias the inverse softplus
-    of a log-uniform dt in [1e-3, 1e-1]; dt_proj.weight uniform within dt_rank^-0.5; the rest like any linear layer.
+    The initialisation that belongs to them: A_log = log(1..d_state) in every row; D one; dt_proj.bias the inverse
+    softplus of a log-uniform dt in [1e-3, 1e-1]; dt_proj.weight uniform within dt_rank^-0.5; the rest like any linear
+    layer.
 
     dt_rank defaults to ceil(hidden_size / 16).
     """
@@ -222,14 +223,14 @@ class Mamba1Mixer(nn.Module):
     def _scan(self, u, delta, B, C, z, seq_idx, cache) -> Tensor:
         A = -self.A_log.float().exp()
         if cache is None:
-            return dispatch.selective_scan_fn(u, delta, A, B, C, D=self.D, z=z, seq_idx=seq_idx)
+            return dispatch.selective_scan(u, delta, A, B, C, D=self.D, z=z, seq_idx=seq_idx)
         state = cache.ssm_state
         if u.shape[1] == 1:
             with torch.no_grad():
                 first = (t[:, 0] for t in (u, delta))
                 y = dispatch.selective_scan_step(state, *first, A, B[:, 0], C[:, 0], D=self.D)
             return y.unsqueeze(1) * nn.functional.silu(z)
-        y, final = dispatch.selective_scan_fn(
+        y, final = dispatch.selective_scan(
             u, delta, A, B, C, D=self.D, z=z, initial_states=state, seq_idx=seq_idx, return_final_states=True
         )
         state.copy_(final.detach())

@@ -17,7 +17,9 @@ class NestedNorm(nn.Module):
     norm of a static layer.
     """
 
-    def __init__(self, widths: Sequence[int], norm_sizes: Sequence[int], eps: float, has_weight: bool, device=None) -> None:
+    def __init__(
+        self, widths: Sequence[int], norm_sizes: Sequence[int], eps: float, has_weight: bool, device=None
+    ) -> None:
         super().__init__()
         self.rows = {width: (index, size) for index, (width, size) in enumerate(zip(widths, norm_sizes))}
         self.eps = eps

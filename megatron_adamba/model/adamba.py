@@ -129,5 +129,5 @@ class AdambaModel(nn.Module):
     def _empty(context: ForwardContext) -> ForwardContext:
         """The context of a pass over zero tokens."""
         seq_idx = None if context.seq_idx is None else context.seq_idx[:0]
-        masks = {window: None for window in context.masks}
+        masks = dict.fromkeys(context.masks)
         return ForwardContext(context.accumulation, context.cos, context.sin, masks, seq_idx)

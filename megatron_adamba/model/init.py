@@ -32,6 +32,9 @@ def initial_tensor(spec: ParamSpec, seed: int) -> Tensor:
         return torch.zeros(shape)
     if spec.init == "embedding":
         return torch.randn(shape, generator=generator)
+    if spec.init == "tied_embedding":
+        # as a head it makes logits of about unit variance from a normed residual
+        return torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5)
     if spec.init == "head":
         return torch.randn(shape, generator=generator).mul_(0.001)
     if spec.init in ("linear", "conv"):

@@ -2,10 +2,6 @@
 
 import torch
 
-# A block's float32 workspace of 1 MiB stays in a core's cache; on a GPU fewer launches matter more.
-_CPU_BLOCK_ELEMENTS = 1 << 18
-_ACCELERATOR_BLOCK_ELEMENTS = 1 << 26
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
@@ -14,6 +10,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def sequence_blocks(seq: int, elements_per_position: int, device: torch.device) -> list[slice]:
     """Cuts range(seq) into slices whose workspaces fit the cache; no slice for an empty sequence."""
-    budget = _CPU_BLOCK_ELEMENTS if device.type == "cpu" else _ACCELERATOR_BLOCK_ELEMENTS
+    # A float32 workspace of 1 MiB stays in a core's cache; on a GPU fewer launches matter more.
+    budget = 1 << 18 if device.type == "cpu" else 1 << 26
     length = max(1, budget // max(1, elements_per_position))
     return [slice(start, min(start + length, seq)) for start in range(0, seq, length)]

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_adamba.ops import causal_conv, selective_scan, ssd
+from megatron_adamba.ops import causal_conv, ssd
+from megatron_adamba.ops import selective_scan as mamba1
 from megatron_adamba.ops.gated_norm import silu_gate
 
 
@@ -27,34 +28,31 @@ class _Kernel(NamedTuple):
 class _Wanted(NamedTuple):
     module: str
     name: str
-    parameters: frozenset[str]
+    parameters: str  # that we pass by name, or whose absence would mean another layout
 
 
 @functools.cache
 def _wanted() -> dict[str, _Wanted]:
-    scan = "D z dt_bias initial_states seq_idx dt_softplus return_final_states"
     return {
         "ssd_scan": _Wanted(
-            "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", frozenset(scan.split())
+            "mamba_ssm.ops.triton.ssd_combined",
+            "mamba_chunk_scan_combined",
+            "D z dt_bias initial_states seq_idx dt_softplus return_final_states",
         ),
         "selective_scan": _Wanted(
             "mamba_ssm.ops.selective_scan_interface",
             "selective_scan_fn",
-            frozenset("D z delta_bias delta_softplus return_last_state".split()),
+            "D z delta_bias delta_softplus return_last_state",
         ),
         "state_update": _Wanted(
             "mamba_ssm.ops.triton.selective_state_update",
             "selective_state_update",
-            frozenset("state x dt A B C D dt_bias dt_softplus".split()),
+            "state x dt A B C D dt_bias dt_softplus",
         ),
         "causal_conv1d": _Wanted(
-            "causal_conv1d",
-            "causal_conv1d_fn",
-            frozenset("x weight bias seq_idx initial_states activation".split()),
+            "causal_conv1d", "causal_conv1d_fn", "x weight bias seq_idx initial_states activation"
         ),
-        "causal_conv1d_update": _Wanted(
-            "causal_conv1d", "causal_conv1d_update", frozenset("x conv_state weight bias activation".split())
-        ),
+        "causal_conv1d_update": _Wanted("causal_conv1d", "causal_conv1d_update", "x conv_state weight bias activation"),
     }
 
 
@@ -65,7 +63,7 @@ def _kernel(name: str) -> _Kernel:
     # A build without its CUDA extension, or against another torch, raises anything from ImportError to RuntimeError.
     try:
         function = getattr(importlib.import_module(wanted.module), wanted.name)
-        missing = wanted.parameters - set(inspect.signature(function).parameters)
+        missing = set(wanted.parameters.split()) - set(inspect.signature(function).parameters)
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         return _Kernel(None, f"{wanted.module} does not import: {type(error).__name__}: {reason}")
@@ -77,13 +75,13 @@ def _kernel(name: str) -> _Kernel:
 def available_kernels() -> dict[str, str]:
     """For each kernel name what serves CUDA tensors and why; without a CUDA device nothing is imported to find out."""
     if not torch.cuda.is_available():
-        return {name: "PyTorch: no CUDA device" for name in _wanted()}
+        return dict.fromkeys(_wanted(), "PyTorch: no CUDA device")
     kernels = {name: _kernel(name) for name in _wanted()}
     return {name: k.why if k.function else f"PyTorch: {k.why}" for name, k in kernels.items()}
 
 
 def _for(name: str, x: Tensor) -> Callable | None:
-    """The kernel for a tensor, or None for PyTorch: on CPU, for no elements (an empty grid does not launch), float64."""
+    """The kernel for a tensor, or None for PyTorch: on CPU, in float64, for no elements (no empty grid launches)."""
     if not x.is_cuda or x.numel() == 0 or x.dtype == torch.float64:
         return None
     return _kernel(name).function
@@ -140,18 +138,18 @@ def ssd_step(state, x, dt, A, B, C, D=None, dt_bias=None, dt_softplus=True):
     )  # fmt: skip
 
 
-def selective_scan_fn(
+def selective_scan(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=True, initial_states=None, seq_idx=None,
     return_final_states=False,
 ):  # fmt: skip
     """`megatron_adamba.ops.selective_scan.selective_scan`."""
-    selective_scan.check_scan_inputs(u, delta, A, B, C, seq_idx, initial_states)
+    mamba1.check_scan_inputs(u, delta, A, B, C, seq_idx, initial_states)
     kernel = _for("selective_scan", u)
     # The CUDA kernel starts from zero, knows no documents, and its last state has no gradient.
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (u, delta, A, B, C))
     fits = initial_states is None and seq_idx is None and not (return_final_states and needs_grad)
     if kernel is None or not fits or A.shape[1] > 256:
-        return selective_scan.selective_scan(
+        return mamba1.selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_states, seq_idx, return_final_states
         )
 
@@ -175,7 +173,7 @@ def selective_scan_step(state, u, delta, A, B, C, D=None, delta_bias=None, delta
     """`megatron_adamba.ops.selective_scan.selective_scan_step`."""
     kernel = _for("state_update", u)
     if kernel is None or B.dim() != 2:
-        return selective_scan.selective_scan_step(state, u, delta, A, B, C, D, delta_bias, delta_softplus)
+        return mamba1.selective_scan_step(state, u, delta, A, B, C, D, delta_bias, delta_softplus)
     zeros = torch.zeros(u.shape[1], dtype=torch.float32, device=u.device)
     D = zeros if D is None else D.float()
     bias = zeros if delta_bias is None else delta_bias.float()

@@ -11,7 +11,7 @@ from megatron_adamba.ops.blocks import accumulation_dtype, sequence_blocks
 def _normalised(x: Tensor, z: Tensor, group_size: int, eps: float, acc: torch.dtype):
     """x * silu(z) over its groups' root mean square, and 1 / that: [..., groups, size] and [..., groups, 1]."""
     gated = F.silu(z.to(acc)).mul_(x)
-    gated = gated.view(*gated.shape[:-1], -1, group_size)
+    gated = gated.view(*gated.shape[:-1], gated.shape[-1] // group_size, group_size)
     rstd = torch.linalg.vector_norm(gated, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()
     return gated.mul_(rstd), rstd
 

@@ -1,14 +1,15 @@
 """Mamba-1's selective scan in plain PyTorch, and its single-token step.
 
-Per channel d and state n, with the step D_t = softplus(delta_t + bias) (Gu and Dao, "Mamba", arXiv 2312.00752, eq. 2 and
-4, algorithm 2; B discretised to first order, as the published kernels do):
+Per channel d and state n, with the step D_t = softplus(delta_t + bias) (Gu and Dao, "Mamba", arXiv 2312.00752, eq. 2
+and 4, algorithm 2; B discretised to first order, as the published kernels do):
 
     h_t = exp(D_t * A) * h_{t-1} + D_t * B_t * u_t          y_t = C_t . h_t + D u_t
 
-A's decays differ for every (d, n), so there is no matmul form. The sequence is cut into segments, a segment into chunks,
-and the recurrence runs over the positions inside a chunk for all chunks of the segment and a block of channels at once:
-first from zero, which gives what each chunk adds to the state; then, the chunks' first states known, for good. Nothing is
-ever divided by a decay, so none can overflow. The workspace is a few [batch, segment, channel block, d_state] tensors.
+A's decays differ for every (d, n), so there is no matmul form. The sequence is cut into segments, a segment into
+chunks, and the recurrence runs over the positions inside a chunk for all chunks of the segment and a block of channels
+at once: first from zero, which gives what each chunk adds to the state; then, the chunks' first states known, for good.
+Nothing is ever divided by a decay, so none can overflow. The workspace is a few [batch, segment, channel block,
+d_state] tensors.
 """
 
 import math
@@ -66,8 +67,8 @@ class _Scan:
         self.spans = [slice(i, min(i + size, self.seq)) for i in range(0, self.seq, size)]
         # (group, channels of that group) pairs small enough for the cache.
         per_group = self.d_inner // self.groups
-        per_channel = 2 * self.batch * min(size, max(1, self.seq)) * self.d_state
-        cuts = sequence_blocks(per_group, per_channel // 4, u.device)
+        per_channel = self.batch * min(size, self.seq) * self.d_state // 2
+        cuts = sequence_blocks(per_group, per_channel, u.device)
         self.channel_blocks = [
             (g, slice(g * per_group + cut.start, g * per_group + cut.stop)) for g in range(self.groups) for cut in cuts
         ]
@@ -266,10 +267,10 @@ def selective_scan(
     """Mamba-1's scan over whole sequences (arXiv 2312.00752, algorithm 2), differentiable once.
 
     u and delta [batch, seq, d_inner]; A [d_inner, d_state], negative; B and C [batch, seq, d_state] or [batch, seq,
-    ngroups, d_state], where each group serves d_inner // ngroups neighbouring channels; D and delta_bias [d_inner]; z like
-    u: y is multiplied by silu(z); initial_states [batch, d_inner, d_state]. seq_idx, [batch, seq], never decreasing,
-    numbers packed documents: each starts from a zero state, only the first of a row from initial_states, and the final
-    state is the last one's. Any seq and any batch, also 0.
+    ngroups, d_state], where each group serves d_inner // ngroups neighbouring channels; D and delta_bias [d_inner]; z
+    like u: y is multiplied by silu(z); initial_states [batch, d_inner, d_state]. seq_idx, [batch, seq], never
+    decreasing, numbers packed documents: each starts from a zero state, only the first of a row from initial_states,
+    and the final state is the last one's. Any seq and any batch, also 0.
 
     Computes in float32 (float64 for float64). Returns y like u, and with `return_final_states` also the last state,
     [batch, d_inner, d_state] in that dtype; gradients flow through both. Raises ValueError where shapes do not fit.

@@ -88,9 +88,7 @@ def _groups_first(t: Tensor) -> Tensor:
 def _pack_state(state: Tensor, s: _Shape) -> Tensor:
     """[batch, nheads, head_dim, d_state] -> [batch * groups, d_state, heads * head_dim], a copy."""
     state = state.reshape(s.batch, s.groups, s.heads, s.head_dim, s.d_state).permute(0, 1, 4, 2, 3)
-    return state.clone(memory_format=torch.contiguous_format).view(
-        s.batch * s.groups, s.d_state, s.heads * s.head_dim
-    )
+    return state.clone(memory_format=torch.contiguous_format).view(s.batch * s.groups, s.d_state, s.heads * s.head_dim)
 
 
 def _unpack_state(state: Tensor, s: _Shape) -> Tensor:

@@ -89,5 +89,8 @@ def together(action: Any) -> Any:
 def write_final_model(run: Run, checkpoint: Path) -> Path:
     """The run's canonical checkpoint, `RUN/model`, converted by rank 0 from what was just saved."""
     folder = run.run_dir / "model"
-    together(lambda: canonical_from_training(checkpoint, folder) if dist.get_rank() == 0 else None)
+    tokenizer = Path(run.plan.config.data.tokenizer)
+    # the checkpoint reads on its own wherever it is moved to
+    files = [tokenizer] if tokenizer.is_file() else []
+    together(lambda: canonical_from_training(checkpoint, folder, files) if dist.get_rank() == 0 else None)
     return folder

@@ -75,5 +75,7 @@ def _wandb(config: AdambaConfig, run_dir: Path):
     try:
         import wandb
     except ImportError:
-        raise ConfigError("--logging.wandb_project: wandb is not installed; pip install wandb, or leave it out") from None
+        raise ConfigError(
+            "--logging.wandb_project: wandb is not installed; pip install wandb, or leave it out"
+        ) from None
     return wandb.init(project=config.logging.wandb_project, dir=str(run_dir), config=config.to_dict(), resume="allow")

@@ -93,6 +93,4 @@ def _validation(plan: RunPlan) -> EvaluationBatches | None:
         return None
     indexed = open_dataset(config.data.validation[0], plan.tokenizer, "--data.validation")
     train = config.train
-    return evaluation_batches(
-        indexed, train.seq_len, train.micro_batch_size, plan.tokenizer.eod_id, train.eval_tokens
-    )
+    return evaluation_batches(indexed, train.seq_len, train.micro_batch_size, plan.tokenizer.eod_id, train.eval_tokens)

@@ -214,8 +214,14 @@ class Trainer:
         self.session.engine.train()
         if writer is not None:
             for row in rows:
-                writer.write({"step": self.counters["step"], "eval_width": row.width,
-                              "eval_nats_per_token": row.nats_per_token, "eval_bits_per_byte": row.bits_per_byte})
+                writer.write(
+                    {
+                        "step": self.counters["step"],
+                        "eval_width": row.width,
+                        "eval_nats_per_token": row.nats_per_token,
+                        "eval_bits_per_byte": row.bits_per_byte,
+                    }
+                )
         return rows
 
     def _say(self, text: str) -> None:

@@ -64,6 +64,8 @@ def test_blend_goes_on_past_its_period_and_from_anywhere():
     other = BlendedDataset([Named(0), Named(1), Named(2)], weights)
     next_index = [0, 0, 0]
     for index in range(PERIOD + 500):
+        if index == PERIOD:
+            assert next_index == other.units
         dataset, inner = other.locate(index)
         assert inner == next_index[dataset]  # no sample of any dataset is left out or repeated
         next_index[dataset] += 1

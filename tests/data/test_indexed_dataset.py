@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import struct
@@ -16,6 +17,7 @@ from data_helpers import write_dataset
 from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
 from megatron_adamba.data.indexed_dataset import IndexedDataset, token_dtype
 from megatron_adamba.errors import DataError
+from megatron_adamba.files import write_atomically
 
 DOCUMENTS = [[5, 6, 7, 0], [0], [8, 0], [9, 10, 11, 12, 13, 0]]
 
@@ -176,9 +178,25 @@ def test_rewriting_without_sidecars_removes_the_old_ones(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
 
 
+def test_failed_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "folder" / "x"
+    write_atomically(path, b"old")
+
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert [(file.name, file.read_bytes()) for file in path.parent.iterdir()] == [("x", b"old")]
+
+
+@pytest.mark.parametrize("replacing", [False, True])
 @pytest.mark.parametrize("stage", ["add", "index", "rename"])
-def test_killed_while_writing(tmp_path: Path, stage: str):
-    """Wherever SIGKILL falls, no index stands under the target's name: nobody can take the rest for a dataset."""
+def test_killed_while_writing(tmp_path: Path, stage: str, replacing: bool):
+    """Wherever SIGKILL falls, the old dataset is whole or no index stands under its name."""
+    if replacing:
+        write_dataset(tmp_path / "a", DOCUMENTS)
     script = f"""
 import os, signal, sys
 from megatron_adamba.data import indexed_builder as module
@@ -194,6 +212,9 @@ builder.finalize()
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == -signal.SIGKILL
+    if replacing and stage != "rename":
+        assert IndexedDataset(tmp_path / "a").document(0).tolist() == DOCUMENTS[0]
+        return
     names = {path.name for path in tmp_path.iterdir()}
     assert "a.idx" not in names and ("a.bin" in names) == (stage == "rename")
     with pytest.raises(DataError, match="no such file"):

@@ -150,6 +150,13 @@ def test_seeds_and_epochs_differ(tmp_path: Path):
         assert len(set(order)) == 60 and order != sorted(order)
 
 
+def test_no_more_than_two_epochs_are_kept(tmp_path: Path):
+    dataset = PackedDataset(write(tmp_path, make_documents([(5, True)] * 4)), 6, 1, EOD)
+    for index in (0, 4, 8, 80, 3, 81):
+        _ = dataset[index]
+    assert list(dataset._epochs) == [0, 20]
+
+
 def test_documents_of_no_token_do_not_count(tmp_path: Path):
     indexed = write_dataset(tmp_path / "d", [[], [1, 0], [], [], [2, 0], []])
     sample = PackedDataset(indexed, 4, 0, EOD, shuffle=False)[0]

@@ -1,0 +1,68 @@
+"""A model and its tokenizer from a canonical checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_adamba.checkpoint.canonical import CONFIG_FILE, load_into
+from megatron_adamba.config.root import read_model_config
+from megatron_adamba.config.rules import one_of
+from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_adamba.model.adamba import AdambaModel
+
+
+@dataclass
+class LoadedModel:
+    """Ready for evaluation: in eval mode, no gradients."""
+
+    model: AdambaModel
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | None = None) -> LoadedModel:
+    """Read config.json, the weights and the tokenizer. Raises CheckpointError, TokenizerError, ConfigError.
+
+    dtype: bf16 | fp32.
+    """
+    one_of("--dtype", dtype, ("bf16", "fp32"))
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"--model {folder}: no such folder; a run leaves one at RUN/model")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        config = read_model_config(folder)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    tokenizer = _tokenizer(folder)
+    model = AdambaModel(config, device="meta").to_empty(device="cpu")
+    load_into(model, folder)
+    model.to(device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    model.requires_grad_(False).eval()
+    return LoadedModel(model, tokenizer, device)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    values = json.loads((folder / CONFIG_FILE).read_text())
+    spec = values.get("data", {}).get("tokenizer")
+    held = [name for name in _tokenizer_names(folder, spec) if (folder / name).is_file()]
+    if not held and spec is None:
+        raise TokenizerError(f"{folder}: holds no tokenizer, and its config.json names none; copy tokenizer.json there")
+    tokenizer = load_tokenizer(str(folder / held[0]) if held else spec)
+    wanted = values.get("tokenizer_hash")
+    if wanted is not None and tokenizer.hash != wanted:
+        raise TokenizerError(
+            f"{folder}: its tokenizer is not the one it was trained with ({wanted[:12]}); restore the file"
+        )
+    return tokenizer
+
+
+def _tokenizer_names(folder: Path, spec: str | None) -> list[str]:
+    """The file that the run copied in, whatever its name, then the usual ones."""
+    own = [Path(spec).name] if spec is not None and (folder / Path(spec).name).is_file() else []
+    return [*own, "tokenizer.json", "tokenizer.model"]

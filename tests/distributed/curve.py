@@ -1,0 +1,175 @@
+"""A short training run in two ways: through the engine, and as a plain loop over one model. Used by both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_adamba.blueprint.manifest import manifest
+from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.config.ds_config import complete_ds_config
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.sections import ElasticConfig, OptimizerConfig, TrainConfig
+from megatron_adamba.elastic.sampler import PlanSampler
+from megatron_adamba.engine.session import TrainingSession
+from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.training.freeze import freeze_groups
+from megatron_adamba.training.schedule import learning_rate_factor
+
+MICRO_BATCHES, SEQ_LEN, VOCAB = 4, 13, 53
+
+
+def run_config(
+    pattern: str = "TM", mamba_version: int = 2, sampling: str = "per_layer", optimizer: str = "adamw", **model: Any
+) -> AdambaConfig:
+    """A model with GQA, biases, three widths of which the first holds one KV group, and clipping that bites."""
+    shape = {
+        "hidden_size": 64,
+        "block_pattern": pattern,
+        "vocab_size": VOCAB,
+        "head_dim": 8,
+        "num_heads": 8,
+        "num_kv_groups": 4,
+        "linear_bias": True,
+        "ffn_granule": 16,
+        "widths": [8, 32, 64],
+        "mamba_version": mamba_version,
+        "mamba_d_state": 16,
+        "mamba_head_dim": 16,
+        "mamba_chunk_size": 8,
+        "mamba_use_mlp": True,
+        **model,
+    }
+    return AdambaConfig(
+        model=resolve_model(ModelConfig(**shape)),
+        elastic=ElasticConfig(width_sampling=sampling, plans_per_step=2, sandwich_passes=2),
+        train=TrainConfig(steps=20, micro_batch_size=2, global_batch_size=2 * MICRO_BATCHES, gradient_clipping=0.3),
+        # Adam divides by the size of a gradient: with a small eps it turns rounding into updates of full size, and even
+        # the plain loop in fp32 then strays from itself in float64 by more than the bound of these tests
+        optimizer=OptimizerConfig(
+            name=optimizer, lr=3e-3, embedding_lr=5e-3, weight_decay=0.1, warmup_steps=3, eps=1e-5
+        ),
+    )
+
+
+def build_model(config: AdambaConfig, freeze: list[str]) -> AdambaModel:
+    """From a start that is neutral nowhere: gains, biases, decays and output projections are random too."""
+    model = AdambaModel(config.model).initialize(config.train.seed)
+    generator = torch.Generator().manual_seed(99)
+    neutral = {spec.name for spec in manifest(config.model) if spec.init in ("ones", "zeros", "output", "head")}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.1 if name in neutral else 0.01))
+    freeze_groups(model, manifest(config.model), freeze)
+    return model
+
+
+def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
+    """Packed documents, some positions unscored; the same for every layout."""
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    tokens = torch.randint(0, VOCAB, (2, SEQ_LEN + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    starts = torch.rand(2, SEQ_LEN, generator=generator) < 0.15
+    starts[:, 0] = False
+    return {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": starts.cumsum(1, dtype=torch.int32)}
+
+
+def plain_curve(arguments: dict[str, Any], freeze: list[str], steps: int = 20) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step, from one model, torch's clipping and torch's AdamW; no engine of anybody's.
+
+    A trainable parameter that no micro-batch touched has a gradient of zero.
+    """
+    config = run_config(**arguments)
+    model = build_model(config, freeze)
+    specs = {spec.name: spec for spec in manifest(config.model)}
+    options = config.optimizer
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = options.weight_decay if specs[name].kind == "matrix" else 0.0
+            peak = options.embedding_lr if name.startswith("embedding") else options.lr
+            groups.setdefault((peak, decay), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": members, "lr": peak, "weight_decay": decay} for (peak, decay), members in groups.items()],
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sampler = PlanSampler(config.model, config.elastic, config.train.seed)
+    curve = []
+    for step in range(steps):
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * learning_rate_factor(options, step, config.train.steps)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        total = 0.0
+        for number in range(MICRO_BATCHES):
+            for k in range(sampler.passes):
+                plan = sampler.micro_batch_plan(step, number, MICRO_BATCHES, k)
+                loss = model(**micro_batch(step, number), plan=plan) / (MICRO_BATCHES * sampler.passes)
+                loss.backward()
+                total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.train.gradient_clipping).item()
+        optimizer.step()
+        curve.append((total, norm))
+    return curve
+
+
+def ds_settings(stage: int, offload: bool, bf16: bool) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    settings: dict[str, Any] = {"zero_optimization": zero}
+    if bf16:
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return settings
+
+
+def build_session(
+    info, config: AdambaConfig, stage: int, offload: bool, bf16: bool, freeze: list[str]
+) -> TrainingSession:
+    settings = complete_ds_config(ds_settings(stage, offload, bf16), config, info.world_size, "the test")
+    model = build_model(config, freeze)
+    return TrainingSession(model, manifest(config.model), config.optimizer, settings, info)
+
+
+def take_steps(
+    info, session: TrainingSession, config: AdambaConfig, first: int, last: int
+) -> list[tuple[float, float]]:
+    """Steps first .. last - 1 through the engine."""
+    sampler = PlanSampler(config.model, config.elastic, config.train.seed)
+    accumulation = MICRO_BATCHES // info.world_size
+    curve = []
+    for step in range(first, last):
+        session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
+        total = torch.zeros(())
+        for index in range(accumulation):
+            number = index * info.world_size + info.rank
+            for k in range(sampler.passes):
+                plan = sampler.micro_batch_plan(step, number, MICRO_BATCHES, k)
+                total += session.micro_step(**micro_batch(step, number), plan=plan) / (accumulation * sampler.passes)
+        norm = session.step().grad_norm
+        curve.append((session.mean_over_ranks(total).item(), norm))
+    return curve
+
+
+def engine_curve(
+    info,
+    arguments: dict[str, Any],
+    stage: int,
+    offload: bool = False,
+    bf16: bool = False,
+    freeze: list[str] = (),
+    steps: int = 20,
+) -> list[tuple[float, float]]:
+    """A job: the same run through the engine on this group's ranks."""
+    config = run_config(**arguments)
+    session = build_session(info, config, stage, offload, bf16, list(freeze))
+    return take_steps(info, session, config, 0, steps)

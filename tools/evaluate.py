@@ -1,0 +1,66 @@
+"""Loss of a trained model at every width, as a table and a picture.
+
+python tools/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/validation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_adamba.config.script import run_script
+from megatron_adamba.files import write_atomically
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a canonical checkpoint, e.g. RUN/model")
+    parser.add_argument("--data", required=True, help="prefix of the validation dataset")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
+    parser.add_argument("--max-tokens", type=int, help="only the first documents up to so many tokens")
+    parser.add_argument("--dtype", default="bf16", help="bf16 | fp32")
+    parser.add_argument("--plot", metavar="FILE", help="picture: bits per byte against active FLOPs per token")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> int:
+    args = parse(words)
+
+    from rich.console import Console
+
+    from megatron_adamba.data.blend import open_dataset
+    from megatron_adamba.data.packed import evaluation_batches
+    from megatron_adamba.elastic.plan import uniform_plan
+    from megatron_adamba.evaluation.pictures import draw_pareto
+    from megatron_adamba.evaluation.widths import evaluate_plans
+    from megatron_adamba.inference.load import load_model
+    from megatron_adamba.training.report import print_rows
+
+    loaded = load_model(args.model, args.dtype)
+    indexed = open_dataset(args.data, loaded.tokenizer, "--data")
+    batches = evaluation_batches(indexed, args.seq_len, args.batch_size, loaded.tokenizer.eod_id, args.max_tokens)
+    config = loaded.model.config
+    plans = [uniform_plan(config, width) for width in config.widths]
+
+    def forward(tokens, labels, seq_idx, plan):
+        return loaded.model(tokens, labels, seq_idx, plan, reduction="none")
+
+    rows = evaluate_plans(forward, config, batches, plans, loaded.device)
+    print_rows(Console(), rows)
+    if args.json:
+        report = {"model": args.model, "data": args.data, "dtype": args.dtype, "rows": [asdict(row) for row in rows]}
+        write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
+    if args.plot:
+        draw_pareto(rows, Path(args.plot))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
