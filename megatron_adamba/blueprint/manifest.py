@@ -1,4 +1,4 @@
-"""Every parameter of a model by its canonical name: planner, checkpoints, freezing, optimizers and FLOPs read this list."""
+"""Every parameter of a model by its canonical name; checkpoints, freezing, optimizers and the summary read this list."""
 
 from __future__ import annotations
 

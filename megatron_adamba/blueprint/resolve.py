@@ -88,6 +88,8 @@ def _resolve_ffn(config: ModelConfig) -> ModelConfig:
 
 
 def _resolve_mamba(config: ModelConfig) -> ModelConfig:
+    if "M" not in config.block_pattern:
+        return config
     if config.mamba_version == 1:
         if config.mamba_num_heads is not None or config.mamba_num_groups != 1:
             raise ConfigError("--model.mamba_version 1: has no heads or groups; leave mamba_num_heads and groups out")

@@ -133,7 +133,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Compare sizes and checksums with `files.json`, this rank's share of them. Raises CheckpointError naming the file."""
+    """Compare sizes and checksums with `files.json`, this rank's share of them. CheckpointError names the file."""
     listed = _read_json(folder / FILES_FILE)
     rank, ranks = share
     for name in sorted(listed)[rank::ranks]:

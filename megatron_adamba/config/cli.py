@@ -49,7 +49,7 @@ def build_parser(prog: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--preset NAME] [--config FILE] [--depth N] [--SECTION.FIELD VALUE ...]",
-        description="Later wins: defaults, preset, config file, command line. Lists are written [a,b], nothing is null.",
+        description="Later wins: defaults, preset, config file, command line. Lists are written [a,b]; null is nothing.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""The optimizer we hand to DeepSpeed: AdamW for all, Muon for hidden matrices, on whole tensors or ZeRO's flat partitions."""
+"""The optimizer that DeepSpeed is given: AdamW, and Muon for hidden matrices, on whole tensors or flat partitions."""
 
 from __future__ import annotations
 

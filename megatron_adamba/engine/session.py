@@ -1,4 +1,4 @@
-"""One DeepSpeed engine around one model: micro-steps, the guarded optimizer step, and the tensors a checkpoint needs."""
+"""One DeepSpeed engine around one model: micro-steps and the guarded optimizer step."""
 
 from __future__ import annotations
 

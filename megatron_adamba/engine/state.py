@@ -105,7 +105,7 @@ def _make_optimizer_state(session: TrainingSession) -> None:
 def _trained_piece(session: TrainingSession, parameter: nn.Parameter) -> _Piece | None:
     """None where this rank holds nothing of the parameter."""
     optimizer = session.engine.optimizer
-    if hasattr(optimizer, "grad_position"):
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         group, low, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = dist.get_rank(optimizer.dp_process_group) * size
         numel = min(size, parameter.ds_numel - start)

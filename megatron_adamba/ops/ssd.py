@@ -52,12 +52,18 @@ def _chunk_decay(log_decay: Tensor, seq_idx: Tensor | None, seen: Tensor | None,
     seq_idx [batch, chunk] and `seen` [batch], the document the incoming state belongs to, or None for both.
     `causal` [chunk, chunk] is 0 on and below the diagonal, -inf above.
     """
-    total = log_decay.cumsum(dim=1)
+    acc = log_decay.dtype
+    total = log_decay.double().cumsum(dim=1)
+    # After strong decays the sums are large and the differences that matter small. So each sum is split into a
+    # multiple of 1/16, whose differences are exact, and a rest under 1/16.
     by_head = total.permute(0, 2, 3, 1).contiguous()  # [batch, groups, heads, chunk]
-    # -inf before exp, not 0 after it: above the diagonal the difference is positive and may overflow.
-    pairs = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
+    coarse = by_head.mul(16).round_().div_(16).to(acc)
+    rest = (by_head - coarse).to(acc)
+    pairs = coarse.unsqueeze(-1) - coarse.unsqueeze(-2)
+    pairs.add_(rest.unsqueeze(-1)).sub_(rest.unsqueeze(-2))
     last = total[:, -1]
-    from_start, to_end, across = total.exp(), (last.unsqueeze(1) - total).exp_(), last.exp()
+    from_start, to_end, across = (t.to(acc).exp_() for t in (total.clone(), last.unsqueeze(1) - total, last.clone()))
+    # -inf before exp, not 0 after it: above the diagonal the difference is positive and may overflow.
     if seq_idx is None:
         return _Decay(pairs.add_(causal).exp_(), from_start, to_end, across)
     other = seq_idx.unsqueeze(-1) != seq_idx.unsqueeze(-2)
@@ -195,10 +201,11 @@ def _within_chunk_grads(c: _Chunks, span: slice, decay: _Decay, dy: Tensor):
     d_pairs = (dy_h @ xdt_h.mT).view(s.batch, s.groups, s.heads, length, length)
     weighted = decay.pairs.mul_(d_pairs)  # d(mixing) * pairs
     d_scores = weighted.sum(dim=2)
-    # a_t lies between every j < t <= i: the sum over rows from t on, less the sum over columns from t on. The diagonal
-    # is in both and would only drown the rest in rounding where the decay is strong.
+    # a_t lies between every j < t <= i: the sum over rows from t on, less the sum over columns from t on. What is in
+    # both must cancel, or it drowns the rest where the decay is strong: float64, and no diagonal.
     weighted.mul_(scores).diagonal(dim1=-2, dim2=-1).zero_()
-    d_total = (weighted.sum(dim=-1) - weighted.sum(dim=-2)).permute(0, 3, 1, 2)
+    exact = torch.float64
+    d_total = (weighted.sum(dim=-1, dtype=exact) - weighted.sum(dim=-2, dtype=exact)).permute(0, 3, 1, 2)
     return d_xdt, d_scores.view(-1, length, length).to(c.dtype), d_total
 
 
@@ -229,7 +236,7 @@ def _backward_chunk(c: _Chunks, g: _Grads, span: slice, dy: Tensor, state_in: Te
 
     # to_end reaches from j to the end, so its gradient belongs to every a_t with t > j.
     before = (reached * x).sum(dim=-1).mul_(dt)
-    d_decay = d_total.flip(1).cumsum(1).flip(1) + (before.cumsum(1) - before) + d_last.unsqueeze(1)
+    d_decay = d_total.flip(1).cumsum(1).flip(1).to(c.acc) + (before.cumsum(1) - before) + d_last.unsqueeze(1)
 
     d_xdt = reached.add_(d_xdt)
     g.dt[:, span] = (d_xdt * x).sum(dim=-1).addcmul_(d_decay, c.A)

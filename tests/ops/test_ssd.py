@@ -70,7 +70,8 @@ CASES = {
     "boundary inside and at a chunk's edge": (2, 70, 4, 4, 2, 8, 16, [5, 32, 40, 41], 1.0),
     "shorter than a chunk": (1, 5, 2, 4, 1, 8, 64, [], 1.0),
     "one token": (1, 1, 2, 4, 1, 4, 16, [], 1.0),
-    "strong decay": (1, 64, 4, 4, 1, 8, 32, [], 30.0),
+    "strong decay": (1, 64, 4, 4, 1, 8, 32, [], 20.0),
+    "strong and weak decays mixed": (1, 128, 4, 8, 1, 16, 64, [], 8.0),
     "many documents in a chunk": (1, 50, 2, 4, 1, 4, 64, range(3, 50, 3), 1.0),
 }
 

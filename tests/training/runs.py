@@ -1,0 +1,91 @@
+"""Small runs of the real script, for the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+
+TINY = {
+    "model.hidden_size": "32",
+    "model.block_pattern": "TM",
+    "model.head_dim": "8",
+    "model.widths": "[8,16,32]",
+    "model.ffn_granule": "16",
+    "model.mamba_head_dim": "16",
+    "model.mamba_d_state": "8",
+    "model.mamba_chunk_size": "16",
+    "elastic.width_sampling": "per_layer",
+    "elastic.plans_per_step": "2",
+    "data.tokenizer": "bytes",
+    "train.steps": "20",
+    "train.seq_len": "32",
+    "train.micro_batch_size": "2",
+    "train.global_batch_size": "8",
+    "train.eval_tokens": "2000",
+    "optimizer.warmup_steps": "2",
+    "checkpoint.interval": "5",
+    "logging.interval": "1",
+    "logging.tensorboard": "false",
+}
+
+
+def write_corpus(folder: Path) -> Path:
+    """A small corpus, tokenized to bytes by the real tool; returns the folder of the train and validation sets."""
+    texts = folder / "texts"
+    texts.mkdir()
+    source = random.Random(3)
+    words = "the quick model reads nested layers while attention sleeps and state flows onward".split()
+    for number in range(30):
+        text = " ".join(source.choice(words) for _ in range(60))
+        (texts / f"text-{number}.txt").write_text(text)
+    data = folder / "data"
+    tool = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--tokenizer", "bytes", "--split"]
+    options = ["--input", str(texts), "--output", str(data), "--validation-fraction", "0.2"]
+    subprocess.run([*tool, *options], check=True, capture_output=True)
+    return data
+
+
+def arguments(data: Path, run_dir: Path, **overrides: Any) -> list[str]:
+    settings = TINY | {
+        "data.train": f"[{data / 'train'}]",
+        "data.validation": f"[{data / 'validation'}]",
+        "logging.run_dir": str(run_dir),
+    }
+    settings |= {key.replace("__", "."): str(value) for key, value in overrides.items()}
+    return [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def command(ranks: int, words: list[str]) -> list[str]:
+    """The script by hand for one rank, through DeepSpeed's launcher for more."""
+    script = str(ROOT / "pretrain_adamba.py")
+    if ranks == 1:
+        return [sys.executable, script, *words]
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_gpus", str(ranks), "--master_port", str(random.randint(20000, 40000)), script, *words]
+
+
+def train(ranks: int, words: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(ranks, words), capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300
+    )
+    if check and done.returncode:
+        raise RuntimeError(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Step -> loss, from metrics.jsonl."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}

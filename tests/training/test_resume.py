@@ -1,0 +1,124 @@
+"""Stopping and going on: the loss curve continues bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+
+from training.runs import ROOT, arguments, command, environment, losses, train, write_corpus
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ds_config", "optimizer"),
+    [
+        (2, "zero1.json", "muon"),
+        (2, "zero2_fp32.json", "adamw"),
+        (2, "zero3.json", "adamw"),
+        (1, "zero0_fp32.json", "muon"),
+        (1, "zero3_offload_fp32.json", "adamw"),
+        (2, "zero2_offload.json", "adamw"),
+    ],
+)
+def test_resume_is_bit_for_bit(tmp_path, data, ranks, ds_config, optimizer):
+    """20 steps at once, and 10 + 10 through a checkpoint with frozen weights in it."""
+    options = {"optimizer__name": optimizer, "train__freeze": "[attention]", "checkpoint__interval": 10}
+    extra = ["--deepspeed_config", str(ROOT / "ds_configs" / ds_config)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(ranks, arguments(data, whole, **options) + extra)
+    train(ranks, arguments(data, parts, **options) + extra)
+    newest = parts / "checkpoints" / "latest"
+    newest.write_text("step-00000010")
+    done = train(ranks, [*arguments(data, parts, **options), *extra, "--resume", "auto"])
+    assert "at step 10" in done.stdout
+    assert losses(parts) == losses(whole)
+    assert (parts / "model" / "model-00001-of-00001.safetensors").read_bytes() == (
+        whole / "model" / "model-00001-of-00001.safetensors"
+    ).read_bytes()
+
+
+def test_resume_on_another_layout(tmp_path, data):
+    """Checkpoints hold rectangles of whole tensors, so one rank goes on where two stopped."""
+    options = {"checkpoint__interval": 10}
+    zero = lambda name: ["--deepspeed_config", str(ROOT / "ds_configs" / name)]
+    run = tmp_path / "run"
+    train(2, arguments(data, run, **options) + zero("zero1_fp32.json"))
+    expected = losses(run)
+    (run / "checkpoints" / "latest").write_text("step-00000010")
+    train(1, [*arguments(data, run, **options), *zero("zero3_fp32.json"), "--resume", "auto"])
+    resumed = losses(run)
+    assert resumed.keys() == expected.keys()
+    assert all(abs(resumed[step] - expected[step]) < 1e-5 for step in expected)
+
+
+def kill_and_resume(words, ranks, run_dir, kills, longest, source):
+    """Start, kill -9 every process of the job at a random moment, again and again; then let it finish."""
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(ranks, words), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=source.uniform(0.3, 1.0) * longest)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        time.sleep(0.5)
+    train(ranks, words)
+    return losses(run_dir)
+
+
+def test_killed_runs_reach_the_same_loss(tmp_path, data):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"train__steps": 60, "checkpoint__interval": 4}
+    start = time.monotonic()
+    train(2, arguments(data, whole, **options))
+    taken = time.monotonic() - start
+    words = [*arguments(data, parts, **options), "--resume", "auto"]
+    assert kill_and_resume(words, 2, parts, 3, taken, random.Random(5)) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_tiny_hybrid_killed_at_random_points(tmp_path):
+    """200 steps of the quickstart's preset, on the quickstart's data."""
+    data = ROOT / "runs" / "quickstart" / "data"
+    if not (data / "train.idx").exists():
+        subprocess.run(["bash", str(ROOT / "examples" / "quickstart_data.sh")], check=True, cwd=ROOT)
+    options = ["--preset", "tiny-hybrid", "--train.steps", "200", "--checkpoint.interval", "20", "--resume", "auto"]
+    words = lambda name: [*options, "--logging.interval", "1", "--logging.run_dir", str(tmp_path / name)]
+    start = time.monotonic()
+    train(2, words("whole"))
+    taken = time.monotonic() - start
+    resumed = kill_and_resume(words("parts"), 2, tmp_path / "parts", 3, taken, random.Random(11))
+    assert resumed == losses(tmp_path / "whole")
+
+
+def test_sigterm_saves_and_goes_on(tmp_path, data):
+    run = tmp_path / "run"
+    words = arguments(data, run, train__steps=2000, checkpoint__interval=0)
+    process = subprocess.Popen(
+        command(1, words), env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 8
+    assert "SIGTERM" in errors and "--resume auto" in errors
+    saved = (run / "checkpoints" / "latest").read_text()
+    steps = int(saved.removeprefix("step-"))
+    done = train(1, [*arguments(data, run, train__steps=steps + 3, checkpoint__interval=0), "--resume", "auto"])
+    assert f"at step {steps}" in done.stdout
+    assert max(losses(run)) == steps + 3
