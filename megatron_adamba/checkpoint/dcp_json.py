@@ -18,9 +18,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_adamba.errors import CheckpointError
-from megatron_adamba.files import write_atomically
+from megatron_adamba.files import as_storage_error, write_atomically
 
 METADATA_FILE = "metadata.json"
 FORMAT_VERSION = 1
@@ -33,6 +36,16 @@ class JsonWriter(FileSystemWriter):
 
     def __init__(self, folder: str | os.PathLike) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Raises StorageError where the disk is full: other ranks see the class of a failure, not what led to it."""
+        try:
+            return super().write_data(plan, planner)
+        except (OSError, RuntimeError) as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (as_storage_error(cause, str(self.path)) if cause else None) or error from None
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         storage = {result.index: result.storage_data for results_of_rank in results for result in results_of_rank}

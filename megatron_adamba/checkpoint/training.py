@@ -48,7 +48,7 @@ def save_training_checkpoint(
     except CheckpointException as error:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise _explain(error, aside) from None
+        raise _explain(error) from None
     own = {path.name: _fingerprint(path) for path in sorted(aside.glob(f"__{rank}_*"))}
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own)
@@ -92,23 +92,10 @@ def _run_as_user_error(action: Any, what: str) -> None:
         raise as_storage_error(error, what) or error from None
 
 
-def _explain(error: CheckpointException, folder: Path) -> Exception:
-    """The first rank's own failure: a full disk is the user's to mend, anything else is ours."""
-    for failure, _ in error.failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, AdambaError):
-                return cause
-            if isinstance(cause, OSError) and (found := as_storage_error(cause, str(folder))):
-                return found
-            if (
-                "No space left" in str(cause)
-                or "file write failed" in str(cause)
-                or "PytorchStreamWriter" in str(cause)
-            ):
-                return as_storage_error(OSError(28, "No space left on device"), str(folder))
-            cause = cause.__cause__ or cause.__context__
-    return error
+def _explain(error: CheckpointException) -> Exception:
+    """The first user's error among the ranks' failures; where there is none, the whole report."""
+    found = (failure for failure, _ in error.failures.values() if isinstance(failure, AdambaError))
+    return next(found, error)
 
 
 def _fingerprint(path: Path) -> dict[str, int]:

@@ -185,7 +185,8 @@ class DenseModel:
                 x = attention_block(x, p, config, row, self.windows[index], seq_idx)
                 continue
             u = self._static(x, below(p, "mixer_norm"))
-            x = x + self.mixers[index](u.float(), seq_idx=seq_idx).double()
+            mixer = self.mixers[index]
+            x = x + mixer(u.to(mixer.out_proj.weight.dtype), seq_idx=seq_idx).double()
             if config.mamba_use_mlp:
                 x = nested_part(x, p, config, row, "mlp", lambda u, p=p: mlp(u, p, config))
         x = self._static(x, below(self.p, "final_norm"))
