@@ -7,16 +7,19 @@ export PATH="$PWD/.venv/bin:$PATH"
 run=runs/quickstart
 data=$run/data
 ranks=2
+threads=
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     ranks=$(nvidia-smi --list-gpus | wc -l)
     [ "$ranks" -le 2 ] || ranks=2
 else
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc) + 1) / 2 ))}
+    # the cores are shared by the two ranks; left alone, each would take them all
+    threads="env OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))"
 fi
 
-python tools/train_tokenizer.py --input python-stdlib --vocab-size 4096 --output $data/tokenizer.model
-python tools/preprocess_data.py --input python-stdlib --tokenizer $data/tokenizer.model --output $data --split --workers 2
-deepspeed --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid
+bash examples/quickstart_data.sh
+$threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid
 python tools/evaluate.py --model $run/model --data $data/validation --json $run/eval.json --plot $run/pareto.png
 python tools/plot_metrics.py --metrics $run/metrics.jsonl --output $run/curves.png
 python tools/generate.py --model $run/model --mode think --prompt "def " --max-new-tokens 200 --output $run/sample.txt
+python tools/compare_with_xz.py --eval $run/eval.json --data $data/validation --tokenizer $data/tokenizer.model
+echo "see $run: metrics.jsonl, eval.json, pareto.png, curves.png, sample.txt"

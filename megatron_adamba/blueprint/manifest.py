@@ -1,4 +1,4 @@
-"""Every parameter of a model by its canonical name; checkpoints, freezing, optimizers and the summary read this list."""
+"""Every parameter of a model by its canonical name: checkpoints, freezing, optimizers and the summary read it."""
 
 from __future__ import annotations
 

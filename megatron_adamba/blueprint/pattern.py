@@ -10,6 +10,9 @@ from megatron_adamba.errors import ConfigError
 BLOCK_WORDS = {"transformer": "T", "mamba": "M"}
 """Words that stand for a letter, alone or as an item of a list."""
 
+MAX_BLOCKS = 4096
+"""A longer pattern is a slip of the hand; it is refused before its letters are written out."""
+
 _FLAG = "--model.block_pattern"
 
 
@@ -69,11 +72,13 @@ class _Parser:
         return self.text[self.position] if self.position < len(self.text) else ""
 
     def _sequence(self) -> str:
-        parts = []
+        letters = ""
         while self._peek() not in ("", ")"):
-            item = self._item()
-            parts.append(item * self._repeat())
-        return "".join(parts)
+            item, count = self._item(), self._repeat()
+            if len(letters) + len(item) * count > MAX_BLOCKS:
+                raise self._error(f"more than {MAX_BLOCKS} blocks")
+            letters += item * count
+        return letters
 
     def _item(self) -> str:
         character = self._peek()
@@ -94,7 +99,7 @@ class _Parser:
             return 1
         self.position += 1
         start = self.position
-        while self._peek().isdigit():
+        while self._peek().isdecimal():
             self.position += 1
         count = int(self.text[start : self.position] or 0)
         if count < 1:

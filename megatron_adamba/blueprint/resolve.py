@@ -78,8 +78,8 @@ def _resolve_ffn(config: ModelConfig) -> ModelConfig:
     granule = config.ffn_granule
     ffn = config.ffn_size
     if ffn is None:
-        share = 4 if config.activation == "relu2" else 8 / 3
-        ffn = round_up(config.hidden_size * share, granule)
+        thirds = 12 if config.activation == "relu2" else 8
+        ffn = round_up(-(-config.hidden_size * thirds // 3), granule)
     if ffn % granule or ffn < granule:
         raise ConfigError(
             f"--model.ffn_size {ffn}: must be a multiple of ffn_granule {granule}; try {round_up(max(ffn, 1), granule)}"

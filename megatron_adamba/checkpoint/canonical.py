@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,5 +155,7 @@ def _training_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     for key, entry in entries.items():
         if key.startswith(WEIGHT_PREFIX):
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
+                dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
             yield key.removeprefix(WEIGHT_PREFIX), tensor

@@ -49,9 +49,10 @@ def build_parser(prog: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--preset NAME] [--config FILE] [--depth N] [--SECTION.FIELD VALUE ...]",
-        description="Later wins: defaults, preset, config file, command line. Lists are written [a,b]; null is nothing.",
+        description="Later wins: defaults, preset, config file, command line. Lists are written [a,b]; null unsets.",
         exit_on_error=False,
         allow_abbrev=False,
+        print_config=None,  # the library's own flag of that name knows nothing of our sources
     )
     parser.add_argument("--preset", type=str, help="one of " + ", ".join(preset_names()))
     parser.add_argument("--config", type=str, help="YAML file with the same sections as the presets")
@@ -184,6 +185,8 @@ def _typed(parser: ArgumentParser, values: dict[str, Any], source: str, known: l
             near = nearest(name, [*sections, _DEPTH])
             raise ConfigError(f"{source}: unknown section {name!r}" + (f"; did you mean {near}?" if near else ""))
         if name in sections:
+            if section is not None and not isinstance(section, dict):
+                raise ConfigError(f"{source}: section {name} holds {section!r}; write `{name}:` and its keys below")
             for key in section or {}:
                 if f"{name}.{key}" not in known:
                     near = nearest(f"{name}.{key}", known)
@@ -214,6 +217,10 @@ def _instantiate(values: dict[str, Any]) -> AdambaConfig:
         fields = {key.removeprefix(prefix): _plain(value) for key, value in values.items() if key.startswith(prefix)}
         if section.name == "model" and fields.get("nest") is not None:
             fields["nest"] = [row if isinstance(row, NestRow) else NestRow(**row) for row in fields["nest"]]
+        if section.name == "data":
+            # the weights of a blend are numbers to the parser and words to whoever reads the list
+            for key in ("train", "validation"):
+                fields[key] = [str(item) for item in fields[key]]
         sections[section.name] = section.default_factory(**fields)
     return AdambaConfig(**sections)
 

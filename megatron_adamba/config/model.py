@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_adamba.config.rules import one_of, positive
+from megatron_adamba.config.rules import in_range, one_of, positive
+from megatron_adamba.errors import ConfigError
 
 
 @dataclass
@@ -115,9 +116,23 @@ class ModelConfig:
             "rope_theta",
         ):
             positive(f"--model.{name}", getattr(self, name))
+        for name in (
+            "num_layers",
+            "vocab_size",
+            "num_heads",
+            "num_kv_groups",
+            "static_norm_size",
+            "sliding_window",
+            "mamba_num_heads",
+        ):
+            if getattr(self, name) is not None:
+                positive(f"--model.{name}", getattr(self, name))
+        in_range("--model.logit_softcap", self.logit_softcap, 0, float("inf"))
         one_of("--model.activation", self.activation, ("relu2", "swiglu"))
         one_of("--model.rope_sign", self.rope_sign, (1, -1))
         one_of("--model.mamba_version", self.mamba_version, (1, 2))
         one_of("--model.mamba_d_conv", self.mamba_d_conv, (2, 3, 4))
+        if not self.window_pattern:
+            raise ConfigError("--model.window_pattern '': is empty; L lets every attention layer see all keys")
         for letter in self.window_pattern:
             one_of("--model.window_pattern", letter, ("S", "L"))

@@ -54,10 +54,13 @@ def model_config_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
             f"{source}: unknown model setting {unknown[0]}; this version knows {', '.join(sorted(known))}"
         )
     values = dict(values)
-    if values.get("nest") is not None:
-        values["nest"] = [NestRow(**row) for row in values["nest"]]
-    config = ModelConfig(**values)
-    config.check()
+    try:
+        if values.get("nest") is not None:
+            values["nest"] = [NestRow(**row) for row in values["nest"]]
+        config = ModelConfig(**values)
+        config.check()
+    except TypeError as error:
+        raise ConfigError(f"{source}: the model section is damaged ({error}); restore the file") from None
     return config
 
 

@@ -28,9 +28,9 @@ class ElasticConfig:
 class DataConfig:
     """What is read."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[str | float] = field(default_factory=list)
     """dataset prefixes (PREFIX.bin, PREFIX.idx), or weight, prefix, weight, prefix, ..."""
-    validation: list[str] = field(default_factory=list)
+    validation: list[str | float] = field(default_factory=list)
     """dataset prefixes for evaluation"""
     tokenizer: str | None = None
     """bytes | FILE.model (sentencepiece) | tokenizer.json | tiktoken:NAME"""

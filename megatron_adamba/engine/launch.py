@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,8 @@ def start_distributed() -> RankInfo:
 def import_deepspeed():
     """DeepSpeed, quiet, and with its C++ shared-memory collectives off: building them needs a compiler and minutes."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch 2.13 renames a collective that DeepSpeed and torch 2.9 know by its old name
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     deepspeed = importlib.import_module("deepspeed")
     importlib.import_module("deepspeed.utils").logger.setLevel(logging.ERROR)
     compatible = importlib.import_module("deepspeed.ops").__compatible_ops__

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +52,7 @@ class TrainingSession:
         # ZeRO replaces the groups' parameters by flat partitions, so who belongs where is kept here
         self._group_of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
         self.optimizer = ElasticOptimizer(groups, optimizer, ns_dtype, dist.group.WORLD)
-        self.engine, *_ = import_deepspeed().initialize(model=model, optimizer=self.optimizer, config=ds_config)
+        self.engine = _initialize(model, self.optimizer, ds_config)
         self.micro_steps = ds_config["gradient_accumulation_steps"]
         self._done = 0
         self._losses_finite = True
@@ -119,3 +122,11 @@ class TrainingSession:
     @staticmethod
     def _plain_norm(grads: list[Tensor]) -> float:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item() if grads else 0.0
+
+
+def _initialize(model: nn.Module, optimizer: ElasticOptimizer, ds_config: dict[str, Any]):
+    """DeepSpeed's engine; what it prints while it is made goes to this rank's log."""
+    with contextlib.redirect_stdout(io.StringIO()) as chatter:
+        engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=ds_config)
+    logging.getLogger("megatron_adamba").info("DeepSpeed: %s", " | ".join(chatter.getvalue().split("\n")))
+    return engine

@@ -38,7 +38,7 @@ class ProgressView:
         elif logged:
             eta = record["seconds_left"]
             line = f"step {record['step']:>6}/{self.steps}  {text}  {int(eta // 60)}:{int(eta % 60):02d} left"
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -34,7 +34,7 @@ def one_by_one(q, k, v, start, window, documents, scale):
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("window", [None, 2, 3, 50])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "packed"])
 def test_forward_and_gradients(heads, window, documents):
     generator = torch.Generator().manual_seed(0)
@@ -78,6 +78,12 @@ def test_zero_tokens_hand_zero_gradients_back(shape):
     out.sum().backward()
     assert all(t.grad is not None and t.grad.shape == t.shape for t in (q, k, v))
     assert not torch.stack([t.grad.sum() for t in (q, k, v)]).any()
+
+
+def test_a_window_of_one_sees_itself():
+    q, k, v = torch.randn(2, 5, 4, 6), torch.randn(2, 5, 2, 6), torch.randn(2, 5, 2, 6)
+    positions = torch.arange(5)
+    near(attend(q, k, v, attention_mask(positions, positions, 1, None), 1.0), v.repeat_interleave(2, 2).flatten(2))
 
 
 def test_one_token():

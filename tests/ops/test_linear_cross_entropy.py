@@ -71,7 +71,7 @@ def test_nothing_to_score(tokens, ignored):
 
 def test_the_same_matrix_at_both_ends():
     """The embedding's gradient and the head's are added in one tensor, also when the head is used twice."""
-    hidden, weight, labels = inputs()
+    _, weight, labels = inputs()
     tokens = torch.arange(TOKENS) % VOCAB
     (weight64,) = leaves(weight)
     loss = sum(linear_cross_entropy(F.embedding(tokens, weight) * s, weight, labels, 4.0, 5) for s in (1.0, -0.5))
