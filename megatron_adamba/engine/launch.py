@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.ops.host_memory import keep_freed_pages
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -38,6 +39,7 @@ def start_distributed() -> RankInfo:
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_pages()
     deepspeed = import_deepspeed()
     backend = "nccl" if cuda else "gloo"
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -14,6 +14,7 @@ from megatron_adamba.config.rules import one_of
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.ops.host_memory import keep_freed_pages
 
 
 @dataclass
@@ -35,6 +36,8 @@ def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | N
     if not folder.is_dir():
         raise CheckpointError(f"--model {folder}: no such folder; a run leaves one at RUN/model")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_pages()
     try:
         config = read_model_config(folder)
     except ConfigError as error:

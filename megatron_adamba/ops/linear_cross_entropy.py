@@ -20,8 +20,8 @@ def linear_cross_entropy(
     """Mean cross entropy in nats over the scored positions, a scalar in fp32 (float64 for float64 input).
 
     hidden: [tokens, hidden_size]; weight: [vocab, hidden_size]; labels: [tokens], IGNORED where unscored. With no
-    scored position the loss is zero and so are its gradients. The backward pass of each chunk runs right behind its forward
-    pass, while its logits are at hand; only gradients of the size of `hidden` and `weight` stay.
+    scored position the loss is zero and so are its gradients. The backward pass of each chunk runs right behind its
+    forward pass, while its logits are at hand; only gradients of the size of `hidden` and `weight` stay.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk_tokens)

@@ -41,7 +41,21 @@ def write_corpus(folder: Path) -> Path:
     texts = folder / "texts"
     texts.mkdir()
     source = random.Random(3)
-    words = "the quick model reads nested layers while attention sleeps and state flows onward".split()
+    words = [
+        "the",
+        "quick",
+        "model",
+        "reads",
+        "nested",
+        "layers",
+        "while",
+        "attention",
+        "sleeps",
+        "and",
+        "state",
+        "flows",
+        "onward",
+    ]
     for number in range(30):
         text = " ".join(source.choice(words) for _ in range(60))
         (texts / f"text-{number}.txt").write_text(text)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 
 import pytest
-
 from training.runs import ROOT, arguments, command, environment, losses, train, write_corpus
 
 

@@ -9,7 +9,6 @@ import subprocess
 import time
 
 import pytest
-
 from training.runs import ROOT, arguments, command, environment, losses, train, write_corpus
 
 
@@ -64,7 +63,11 @@ def kill_and_resume(words, ranks, run_dir, kills, longest, source):
     """Start, kill -9 every process of the job at a random moment, again and again; then let it finish."""
     for _ in range(kills):
         process = subprocess.Popen(
-            command(ranks, words), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            command(ranks, words),
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         try:

@@ -1,0 +1,54 @@
+"""The script itself, as a user starts it, where it does not train."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pretrain_adamba.py"), *words],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_print_config_and_summary():
+    result = run("--preset", "adamba-6b", "--print_config", "--summary", "--train.steps", "77")
+    assert result.returncode == 0, result.stderr
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    for line in (
+        "hidden_size: 2048  # preset adamba-6b",
+        "steps: 77  # command line",
+        "weight_decay: 0.1  # preset adamba-6b",
+        "beta2: 0.95  # default",
+        "num_heads: 16  # derived from default",
+        "ffn_size: 8192  # derived from default",
+        "norm_eps: 1e-05  # default",
+    ):
+        assert line in lines, line
+    nest = next(line for line in lines if line.startswith("nest:"))
+    assert "[(128, 128, 1, 512, 0), (512, 512, 4, 2048, 0)" in nest and "# derived from default" in nest
+    assert "64 blocks, hidden size 2048" in result.stdout
+    assert "2048 │        16 │     8192" in result.stdout and "100.0%" in result.stdout
+
+
+def test_an_error_is_one_line_and_an_exit_code():
+    result = run("--model.hiden_size", "8")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: --model.hiden_size: unknown flag; did you mean --model.hidden_size?\n"
+    # of many ranks the first alone complains
+    assert run("--model.hiden_size", "8", RANK="1").stderr == ""
+
+
+def test_without_data_it_says_what_to_give():
+    result = run("--preset", "transformer-d20", "--train.global_batch_size", "8")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: --data.tokenizer: not given; try --data.tokenizer bytes")

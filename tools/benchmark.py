@@ -1,0 +1,48 @@
+"""Measure this project beside its peers: the same weights, dtype and threads, outputs compared before anything counts.
+
+python tools/benchmark.py nested|train|blocks|mixer [--json FILE] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_adamba.config.script import run_script
+
+SUBCOMMANDS = {
+    "nested": "an elastic block inside the engine, beside a dense block built at that width and a masked one",
+    "train": "a model configured like nanochat, beside transformers' NanoChat",
+    "blocks": "models of T blocks and of M blocks at growing lengths, beside each other",
+    "mixer": "the Mamba-2 mixer, beside transformers' on its torch path",
+}
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(dest="subcommand", required=True)
+    for name, text in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        subparser.add_argument("--json", metavar="FILE", help="also write the rows there")
+        subparser.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, not how fast")
+        subparser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all of the machine's")
+    args = parser.parse_args(words)
+
+    import torch
+    from benchmarks.common import print_rows, write_rows
+
+    torch.set_num_threads(args.threads)
+    rows = importlib.import_module(f"benchmarks.{args.subcommand}").measure(args.quick)
+    print_rows(f"{SUBCOMMANDS[args.subcommand]} ({args.threads} threads)", rows)
+    if args.json:
+        write_rows(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
