@@ -83,7 +83,7 @@ def _complete_environment() -> None:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
         if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "127.0.0.1"))
+            env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "127.0.0.1"))
     else:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
         env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
@@ -93,7 +93,7 @@ def _complete_environment() -> None:
         raise ConfigError(f"RANK {env['RANK']}: must be below WORLD_SIZE {env['WORLD_SIZE']}; start through a launcher")
 
 
-def _first_host(node_list: str) -> str:
+def first_host(node_list: str) -> str:
     """First name of a SLURM node list: `node[03-07,12]` gives node03."""
     head, bracket, rest = node_list.partition("[")
     if not bracket:

@@ -39,6 +39,8 @@ class Trainer:
         self.counters = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.log = logging.getLogger("megatron_adamba")
         self.flops = 0
+        self.peak = 1.0
+        self.started, self.first_step = 0.0, 0
         self.last_batch: MicroBatch = {}
 
     @property
@@ -53,6 +55,7 @@ class Trainer:
         """
         self._maybe_resume()
         steps = self.config.train.steps
+        self.started, self.first_step = time.perf_counter(), self.counters["step"]
         self.peak = matmul_rate(torch.bfloat16 if self.run.plan.bf16 else torch.float32, self.device)
         writer = MetricsWriter(self.config, self.run.run_dir, self.counters["step"]) if self.first_rank else None
         view = ProgressView(self.console, steps, self.counters["step"], self.config.logging.progress)
@@ -165,12 +168,16 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "mfu": self.flops / seconds / self.peak,
             "seconds": seconds,
-            "seconds_left": (train.steps - self.counters["step"]) * seconds,
+            "seconds_left": (train.steps - self.counters["step"]) * self._mean_seconds(),
             "skipped": self.counters["skipped"],
         }
         if len(values) > 1:
             record["loss_full"] = values[0]
         return record
+
+    def _mean_seconds(self) -> float:
+        """Time of a step so far, saving and evaluation included; single steps differ by their widths."""
+        return (time.perf_counter() - self.started) / (self.counters["step"] - self.first_step)
 
     def _after_step(self, stop: StopRequest, writer: MetricsWriter | None) -> None:
         train, step = self.config.train, self.counters["step"]

@@ -41,21 +41,7 @@ def write_corpus(folder: Path) -> Path:
     texts = folder / "texts"
     texts.mkdir()
     source = random.Random(3)
-    words = [
-        "the",
-        "quick",
-        "model",
-        "reads",
-        "nested",
-        "layers",
-        "while",
-        "attention",
-        "sleeps",
-        "and",
-        "state",
-        "flows",
-        "onward",
-    ]
+    words = ["the", "quick", "model", "reads", "nested", "layers", "while", "attention", "sleeps", "and", "flows"]
     for number in range(30):
         text = " ".join(source.choice(words) for _ in range(60))
         (texts / f"text-{number}.txt").write_text(text)
