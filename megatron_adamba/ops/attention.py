@@ -1,10 +1,12 @@
-"""Causal attention over packed documents and sliding windows, on the library's fused kernel."""
+"""Causal attention over packed documents and sliding windows, on the library's fused kernel, or in blocks on a CPU."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_adamba.ops.causal_attention import blocks_serve, causal_attention
 
 
 def attention_mask(
@@ -39,6 +41,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     if batch == 0 or queries == 0:
         # the fused kernel refuses empty batches, and an idle layer must still hand zero gradients back
         return (q + (k.sum() + v.sum())).flatten(2)
+    if mask is None and blocks_serve(q, k):
+        return causal_attention(q, k, v, scale)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -26,15 +26,26 @@ def _onednn_linear():
 
 
 def _served(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+    return product_served(x, weight) and weight.is_contiguous()
+
+
+def product_served(rows: Tensor, weight: Tensor) -> bool:
+    """Whether `product` is to be preferred; rows: [..., k], weight: [n, k]. Small products are over before it pays."""
+    if rows.device.type != "cpu" or not rows.dtype == weight.dtype == torch.float32:
         return False
-    # Small products are over before the detour pays; a strided weight would be repacked on every call.
-    worth_it = x.numel() * weight.shape[0] >= 1 << 24 and weight.is_contiguous()
-    return worth_it and torch.backends.mkldnn.is_available() and _onednn_linear() is not None
+    if torch.is_autocast_enabled("cpu") or rows.numel() * weight.shape[0] < 1 << 24:
+        return False
+    return torch.backends.mkldnn.is_available() and _onednn_linear() is not None
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows [m, k] times the transpose of weight [n, k]. Rows must be contiguous: a transposed view is very slow."""
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows [m, k] times the transpose of weight [n, k], plus bias [n], for what `product_served`. No gradient.
+
+    Strided operands cost the operator a hundred times its time, so they are copied: rows that are not contiguous, and
+    weights that are neither contiguous nor the transpose of something contiguous.
+    """
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
     return _onednn_linear()(rows.contiguous(), weight, bias, "none", [], "")
 
 
@@ -43,7 +54,7 @@ class _OneDNNLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -53,13 +64,13 @@ class _OneDNNLinear(torch.autograd.Function):
         dx = d_weight = d_bias = None
         rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         if needs_x:
-            dx = _product(dy, weight.t()).view(x.shape)
+            dx = product(dy, weight.t()).view(x.shape)
         if needs_weight:
             # The narrower of the two is the one worth transposing.
             if rows.shape[1] <= dy.shape[1]:
-                d_weight = _product(rows.t(), dy.t()).t().contiguous()
+                d_weight = product(rows.t(), dy.t()).t().contiguous()
             else:
-                d_weight = _product(dy.t(), rows.t())
+                d_weight = product(dy.t(), rows.t())
         if ctx.has_bias and needs_bias:
             d_bias = dy.sum(dim=0)
         return dx, d_weight, d_bias

@@ -8,6 +8,10 @@ from torch import Tensor
 IGNORED = -100
 """label of a position that is not scored"""
 
+_CHUNK_ELEMENTS = 1 << 24
+_BLOCK_ELEMENTS = 1 << 19
+"""logits that a CPU works on at a time: two fp32 copies fit its caches"""
+
 
 def softcap_(logits: Tensor, cap: float) -> Tensor:
     """cap * tanh(logits / cap) in place; the cap of Gemma 2 (arXiv 2408.00118) and nanochat. 0 leaves them."""
@@ -15,14 +19,16 @@ def softcap_(logits: Tensor, cap: float) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float = 0.0, chunk_tokens: int = 1024
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float = 0.0, chunk_tokens: int | None = None
 ) -> Tensor:
     """Mean cross entropy in nats over the scored positions, a scalar in fp32 (float64 for float64 input).
 
     hidden: [tokens, hidden_size]; weight: [vocab, hidden_size]; labels: [tokens], IGNORED where unscored. With no
     scored position the loss is zero and so are its gradients. The backward pass of each chunk runs right behind its
     forward pass, while its logits are at hand; only gradients of the size of `hidden` and `weight` stay.
+    chunk_tokens: positions of one chunk; None takes what keeps its logits to 16M numbers.
     """
+    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk_tokens)
     total = token_losses(hidden, weight, labels, softcap, chunk_tokens).sum()
@@ -30,9 +36,10 @@ def linear_cross_entropy(
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float = 0.0, chunk_tokens: int = 1024
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float = 0.0, chunk_tokens: int | None = None
 ) -> Tensor:
     """Cross entropy of each position, [tokens], zero where the label is IGNORED. No gradient."""
+    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
     with torch.no_grad():
         parts = [
             _chunk_losses(hidden[i : i + chunk_tokens], weight, labels[i : i + chunk_tokens], softcap)[0]
@@ -42,58 +49,103 @@ def token_losses(
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=dtype)
 
 
-def _chunk_losses(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float):
-    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
-    softcap_(logits, softcap)
-    log_sum = torch.logsumexp(logits, dim=-1)
-    scored = labels != IGNORED
-    target = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return (log_sum - target) * scored, logits, log_sum, scored
+def _chunk_tokens(weight: Tensor) -> int:
+    """As few chunks as memory allows, but none so short that its matmul is slow: weight is [vocab, hidden_size]."""
+    return min(max(_CHUNK_ELEMENTS // weight.shape[0], 256), 4096)
+
+
+def _row_blocks(tokens: int, vocab: int, device: torch.device) -> range:
+    """Starts of the blocks of rows that are worked through one after the other; on a CPU they stay in its cache."""
+    rows = tokens if device.type != "cpu" else max(1, _BLOCK_ELEMENTS // vocab)
+    return range(0, tokens, max(rows, 1))
+
+
+def _chunk_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float, grad_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses [tokens] in fp32 or better, and the logits' buffer [tokens, vocab] in hidden's dtype.
+
+    With `grad_scale`, a scalar, the buffer then holds grad_scale * d sum(losses) / d logits.
+    """
+    logits = hidden @ weight.t()
+    losses = torch.empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    blocks = _row_blocks(*logits.shape, logits.device)
+    for start in blocks:
+        rows = slice(start, start + blocks.step)
+        losses[rows] = _block_losses(logits[rows], labels[rows], softcap, grad_scale)
+    return losses, logits
+
+
+def _block_losses(logits: Tensor, labels: Tensor, softcap: float, grad_scale: Tensor | None) -> Tensor:
+    """Losses of a block of rows; its logits [rows, vocab] are used up or, with `grad_scale`, become their gradient."""
+    index, scored = labels.clamp(min=0).unsqueeze(-1), (labels != IGNORED).unsqueeze(-1)
+    bounded = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    capped = bounded
+    if softcap:
+        bounded = bounded.div_(softcap).tanh_()
+        capped = bounded * softcap
+    target = capped.gather(-1, index)
+    peak = capped.amax(-1, keepdim=True)
+    exponential = capped.sub_(peak).exp_()
+    total = exponential.sum(-1, keepdim=True)
+    losses = ((total.log() + peak - target) * scored).squeeze(-1)
+    if grad_scale is not None:
+        # softmax - one-hot, through the softcap's slope 1 - tanh^2; zero rows where nothing is scored
+        weight = scored * grad_scale
+        grad = exponential.mul_(weight / total).scatter_add_(-1, index, -weight)
+        if softcap:
+            grad.addcmul_(grad * bounded, bounded, value=-1)
+        logits.copy_(grad)
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float, chunk_tokens: int) -> Tensor:
         high = torch.promote_types(hidden.dtype, torch.float32)
-        count = (labels != IGNORED).sum().clamp(min=1)
+        grad_scale = (labels != IGNORED).sum().clamp(min=1).to(high).reciprocal()
         total = hidden.new_zeros((), dtype=high)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=high, device=weight.device) if ctx.needs_input_grad[1] else None
+        grad_weight = _WeightGradient(weight, hidden.shape[0] <= chunk_tokens) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            losses, logits, log_sum, scored = _chunk_losses(hidden[part], weight, labels[part], softcap)
+            losses, grad_logits = _chunk_losses(hidden[part], weight, labels[part], softcap, grad_scale)
             total += losses.sum()
-            grad_logits = _grad_logits(logits, log_sum, labels[part], scored, softcap).div_(count).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, hidden[part])
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                grad_weight.add(grad_logits, hidden[part])
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.result())
         ctx.weight_dtype = weight.dtype
-        return total / count
+        return total * grad_scale
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+            grad_hidden = grad_hidden * grad
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
-def _grad_logits(logits: Tensor, log_sum: Tensor, labels: Tensor, scored: Tensor, softcap: float) -> Tensor:
-    """softmax - one-hot, through the softcap's slope 1 - (capped / c)^2; zero rows where nothing is scored."""
-    slope = 1 - (logits / softcap).square() if softcap else None
-    grad = logits.sub_(log_sum.unsqueeze(-1)).exp_()
-    grad.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), grad.new_full((labels.shape[0], 1), -1.0))
-    grad.mul_(scored.unsqueeze(-1))
-    return grad.mul_(slope) if slope is not None else grad
+class _WeightGradient:
+    """Sum over chunks of grad_logits^T hidden, in fp32 or better where there is more than one."""
 
+    def __init__(self, weight: Tensor, single: bool) -> None:
+        self.weight, self.single = weight, single
+        self.sum: Tensor | None = None
 
-def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total += grad_logits^T hidden, summed in total's dtype."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(grad_logits.t(), hidden)
-    else:
-        total.add_(grad_logits.t() @ hidden)
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """grad_logits: [tokens, vocab]; hidden: [tokens, hidden_size]."""
+        if self.sum is None:
+            product = grad_logits.t() @ hidden
+            self.sum = product if self.single else product.to(torch.promote_types(product.dtype, torch.float32))
+        elif self.sum.dtype == hidden.dtype:
+            self.sum.addmm_(grad_logits.t(), hidden)
+        else:
+            self.sum.add_(grad_logits.t() @ hidden)
+
+    def result(self) -> Tensor:
+        """[vocab, hidden_size]; zeros where there was no chunk."""
+        return torch.zeros_like(self.weight) if self.sum is None else self.sum

@@ -13,6 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from megatron_adamba.ops.cpu_linear import product, product_served
+
 
 class Accumulation(Enum):
     """What a micro-batch's backward does with the gradient of a nested weight."""
@@ -92,7 +94,7 @@ class _NestedLinears(torch.autograd.Function):
         outputs = []
         for i, rows in enumerate(call.rows):
             bias = parameters[n + i][:rows] if len(parameters) > n else None
-            outputs.append(torch.nn.functional.linear(x, parameters[i][:rows, : call.cols], bias))
+            outputs.append(_linear(x, parameters[i][:rows, : call.cols], bias))
         return tuple(outputs)
 
     @staticmethod
@@ -107,7 +109,7 @@ class _NestedLinears(torch.autograd.Function):
             g2 = grads[i].flatten(0, -2)
             if ctx.needs_input_grad[0]:
                 weight = parameters[i][:rows, :cols]
-                grad_x = g2 @ weight if grad_x is None else grad_x.addmm_(g2, weight)
+                grad_x = _add_product(grad_x, g2, weight)
             if call.trained[i]:
                 index = (slice(0, rows), slice(0, cols))
                 grad_parameters[i] = _weight_gradient(call, i, parameters[i], index, g2, x2)
@@ -118,16 +120,31 @@ class _NestedLinears(torch.autograd.Function):
         return grad_x, None, None, *grad_parameters
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., cols] times the transpose of weight [rows, cols], plus bias."""
+    if product_served(x, weight):
+        return product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right, in place; without a total, left @ right. left: [m, k]; right: [k, n]."""
+    if product_served(left, right.t()):
+        result = product(left, right.t())
+        return result if total is None else total.add_(result)
+    return left @ right if total is None else total.addmm_(left, right)
+
+
 def _weight_gradient(call: _Call, i: int, weight: Tensor, index: tuple[slice, ...], g2: Tensor, x2: Tensor):
     if call.accumulation is Accumulation.DIRECT:
         if (index[0].stop, index[1].stop) == tuple(weight.shape):
-            return g2.t() @ x2
+            return _add_product(None, g2.t(), x2)
         full = torch.zeros_like(weight)
-        torch.mm(g2.t(), x2, out=full[index])
+        _add_product(full[index], g2.t(), x2)
         return full
     target = call.sinks[i].slice(weight, index)
     if target.dtype == g2.dtype:
-        target.addmm_(g2.t(), x2)
+        _add_product(target, g2.t(), x2)
     elif g2.is_cuda:
         target.add_(torch.mm(g2.t(), x2, out_dtype=target.dtype))
     else:

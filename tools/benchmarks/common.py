@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -68,6 +67,13 @@ def require_close(what: str, ours: Tensor, peer: Tensor, tolerance: float) -> No
         raise ComparisonError(f"{what}: ours and the peer differ by {difference:.3g} of {scale:.3g}; nothing was timed")
 
 
+def require_small_error(what: str, ours: Tensor, peer: Tensor, tolerance: float) -> None:
+    """Raises ComparisonError where the difference's norm is more than `tolerance` of the peer's norm."""
+    share = ((ours.double() - peer.double()).norm() / peer.double().norm()).item()
+    if not share <= tolerance:
+        raise ComparisonError(f"{what}: ours and the peer differ by {share:.3g} of their norm; nothing was timed")
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Wall time of one call."""
     start = time.perf_counter()
@@ -100,9 +106,27 @@ def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     return 2 * size**3 / statistics.median(times)
 
 
-def peak_memory() -> float:
-    """Largest resident size of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class PeakMemory:
+    """MiB that this process has come to hold, at most, since the object was made.
+
+    Read from /proc: `ru_maxrss` of a fresh process starts at what its parent held.
+    """
+
+    def __init__(self) -> None:
+        # restarts the kernel's high-water mark
+        Path("/proc/self/clear_refs").write_text("5")
+        self.start = _status_kib("VmRSS")
+
+    def added(self) -> float:
+        """At least one page, so that ratios exist."""
+        return max(_status_kib("VmHWM") - self.start, 4) / 1024
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise ComparisonError(f"/proc/self/status has no {field}; memory is measured on Linux only")
 
 
 def in_subprocess(call: Callable, *arguments):

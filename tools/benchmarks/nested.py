@@ -7,6 +7,8 @@ step) and use the same norm, rotary and activation kernels, so that the nesting 
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ LINEARS = {
 
 def measure(quick: bool) -> list[Row]:
     """Rows for every dtype and width."""
-    hidden, batch, seq, steps = (64, 2, 16, 2) if quick else (1024, 2, 512, 8)
+    hidden, batch, seq, steps = (64, 2, 16, 2) if quick else (1024, 2, 512, 4)
     config = resolve_model(
         ModelConfig(
             hidden_size=hidden,
@@ -58,6 +60,8 @@ def measure(quick: bool) -> list[Row]:
     for dtype in DTYPES:
         for row in config.nest:
             rows += _measure_width(config, row, dtype, batch, seq, steps, info)
+            # engines hold cycles, and with them their flat buffers
+            gc.collect()
     stop_distributed()
     return rows
 
