@@ -13,7 +13,7 @@ if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
     [ "$ranks" -le 2 ] || ranks=2
 else
     # the cores are shared by the two ranks; left alone, each would take them all
-    threads="env OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))"
+    threads="env DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))"
 fi
 
 bash examples/quickstart_data.sh

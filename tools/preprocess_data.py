@@ -78,11 +78,10 @@ def main(words: list[str]) -> int:
 
 
 def print_report(report: dict) -> None:
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=None, pad_edge=False)
     for name in ("dataset", "documents", "tokens", "bytes", "bytes/token"):
         table.add_column(name, justify="left" if name == "dataset" else "right", overflow="fold")
     for prefix, meta in report["datasets"].items():

@@ -26,5 +26,6 @@ if [ "$kind" = test ]; then
     MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
         pip install --no-build-isolation --no-deps -r requirements/test-no-deps.txt
 fi
-pip install --no-build-isolation --no-deps --editable .
+# the build backend warns about every editable install; its words matter only when it fails
+pip install --no-build-isolation --no-deps --editable . > $venv/editable.log 2>&1 || { cat $venv/editable.log; exit 1; }
 echo "$wanted" > "$stamp"

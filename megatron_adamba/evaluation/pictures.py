@@ -37,7 +37,10 @@ def draw_pareto(rows: Sequence[EvaluationRow], path: Path) -> None:
     figure, axes = _figure()
     axes.plot(flops, values, marker="o", color="#1f5fa8")
     for row, x, y in zip(rows, flops, values):
-        axes.annotate(f"width {row.width}", (x, y), textcoords="offset points", xytext=(7, 6))
+        # the last label would leave the picture on the right
+        last = x == max(flops)
+        place = {"xytext": (-9, -13), "ha": "right"} if last else {"xytext": (7, 6)}
+        axes.annotate(f"width {row.width}", (x, y), textcoords="offset points", **place)
     axes.margins(x=0.16, y=0.14)
     axes.set_xlabel("active forward MFLOPs per token")
     axes.set_ylabel("bits per byte" if bits else "nats per token")

@@ -20,6 +20,7 @@ from megatron_adamba.config.ds_config import (
     read_ds_config,
     zero_stage,
 )
+from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -190,3 +191,8 @@ def test_the_files_that_come_along_agree_with_every_run(path):
     assert result["train_batch_size"] == 8
     alone = {"world_size": 1, "bf16": bf16_enabled(values)}
     check_combination(run_setup([], zero_stage=zero_stage(values), offload=offload_enabled(values), **alone))
+
+
+def test_fp16_is_refused():
+    with pytest.raises(ConfigError, match=r'ds.json enables fp16.*"bf16"'):
+        complete_ds_config({"fp16": {"enabled": True}}, AdambaConfig(), 1, "ds.json")

@@ -173,3 +173,19 @@ def engine_curve(
     config = run_config(**arguments)
     session = build_session(info, config, stage, offload, bf16, list(freeze))
     return take_steps(info, session, config, 0, steps)
+
+
+def poisoned_curve(
+    info, arguments: dict[str, Any], stage: int, offload: bool = False, bf16: bool = False, poisoned_rank: int = 0
+) -> list[Any]:
+    """A job: five steps, one whose activations are nan on one rank, five more; also whether that one was skipped."""
+    config = run_config(**arguments)
+    session = build_session(info, config, stage, offload, bf16, [])
+    curve = take_steps(info, session, config, 0, 5)
+    handle = None
+    if info.rank == poisoned_rank:
+        handle = session.module.final_norm.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+    norm = take_steps(info, session, config, 5, 6)[0][1]
+    if handle is not None:
+        handle.remove()
+    return [norm != norm, *curve, *take_steps(info, session, config, 5, 10)]
