@@ -16,6 +16,8 @@ else
     threads="env DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))"
 fi
 
+# what an earlier quickstart left would be in the way of a fresh start
+rm -rf $run/checkpoints $run/model
 bash examples/quickstart_data.sh
 $threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid
 python tools/evaluate.py --model $run/model --data $data/validation --json $run/eval.json --plot $run/pareto.png

@@ -75,14 +75,19 @@ def _publish(
     write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
     sync_directory(aside)
     if final.exists():
-        shutil.rmtree(final)
+        # only a run that went back to an earlier step comes here; what it replaces stays whole until the new one is in
+        final.rename(root / f"{final.name}.replaced.tmp")
     aside.rename(final)
     sync_directory(root)
     write_atomically(root / LATEST, final.name.encode())
-    finished = sorted(path for path in root.glob("step-*") if path.is_dir() and path.suffix != ".tmp")
-    for old in finished[:-keep_last]:
+    for old in [*root.glob("step-*.replaced.tmp"), *_finished(root)[:-keep_last]]:
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _finished(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in root.glob("step-*") if path.suffix != ".tmp" and (path / FILES_FILE).is_file())
 
 
 def _run_as_user_error(action: Any, what: str) -> None:
@@ -108,15 +113,17 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None where it never saved. Raises CheckpointError for a bad `latest`."""
+    """The checkpoint that `latest` names; the newest complete one where a kill left that name without a folder; None
+    where the run never saved. Raises CheckpointError where `latest` names nothing and nothing complete is there."""
     pointer = root / LATEST
     if not pointer.exists():
         return None
     name = pointer.read_text().strip()
-    folder = root / name
-    if Path(name).name != name or not folder.is_dir():
-        raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
-    return folder
+    if name and Path(name).name == name and (root / name).is_dir():
+        return root / name
+    if finished := _finished(root):
+        return finished[-1]
+    raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
 
 
 def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:

@@ -15,7 +15,7 @@ from megatron_adamba.checkpoint.training import (
     verify_files,
 )
 from megatron_adamba.engine.state import own_fragments, restore, training_fragments
-from megatron_adamba.errors import AdambaError, CheckpointError
+from megatron_adamba.errors import AdambaError, CheckpointError, ConfigError
 from megatron_adamba.training.run import Run
 
 
@@ -34,9 +34,17 @@ def save(run: Run, counters: dict[str, Any]) -> Path:
 
 
 def find_resume(run: Run) -> Path | None:
-    """The checkpoint that `--checkpoint.resume` asks for, None for a fresh start. Raises CheckpointError."""
+    """The checkpoint that `--checkpoint.resume` asks for, None for a fresh start.
+
+    Raises CheckpointError where it is not there, ConfigError where a fresh start would write over an earlier run.
+    """
     wanted = run.plan.config.checkpoint.resume
     if wanted == "never":
+        if latest_checkpoint(checkpoint_root(run)) is not None:
+            raise ConfigError(
+                f"--logging.run_dir {run.run_dir}: holds checkpoints of an earlier run; go on with --resume auto, "
+                f"or give another folder, for example --logging.run_dir {run.run_dir}-2"
+            )
         return None
     if wanted == "auto":
         return latest_checkpoint(checkpoint_root(run))

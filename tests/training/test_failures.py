@@ -155,3 +155,17 @@ def test_nonfinite_steps_are_skipped_then_named(data, tmp_path):
 
 def test_unknown_freeze_group(data, tmp_path):
     fails(arguments(data, tmp_path / "run", train__freeze="[atention]"), 2, "--train.freeze", "attention")
+
+
+def test_a_fresh_start_does_not_write_over_an_earlier_run(data, finished):
+    before = (finished / "metrics.jsonl").read_text()
+    fails(arguments(data, finished, train__steps=10), 2, "--logging.run_dir", "--resume auto")
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_latest_without_its_folder(data, finished, tmp_path):
+    """A kill between two renames can leave `latest` naming nothing; the newest complete checkpoint serves."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    assert "at step 5" in train(1, [*arguments(data, run, train__steps=12), "--resume", "auto"]).stdout
