@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
+from megatron_adamba.config.script import INTERRUPTED
 from megatron_adamba.errors import AdambaError
+from megatron_adamba.files import as_storage_error
 
 
 def main(argv: list[str]) -> int:
@@ -21,9 +23,24 @@ def main(argv: list[str]) -> int:
         parsed = parse_arguments(argv)
         return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
     except AdambaError as error:
-        if first:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return fail(error, first)
+    except OSError as error:
+        found = as_storage_error(error, str(error.filename))
+        if found is None:
+            raise
+        return fail(found, first)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def fail(error: AdambaError, first: bool) -> int:
+    """One line: on the first rank's stderr, in the log of every other."""
+    line = f"error: {' '.join(str(error).split())}"
+    if first:
+        print(line, file=sys.stderr, flush=True)
+    elif (logger := logging.getLogger("megatron_adamba")).handlers:
+        logger.error(line)
+    return error.exit_code
 
 
 def show_config(parsed: ParsedArguments) -> int:

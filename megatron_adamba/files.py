@@ -41,7 +41,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def as_storage_error(error: OSError, what: str) -> StorageError | None:
     """The user's error for a disk that takes no more, None for any other failure."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
         return StorageError(
             f"{what}: {error.strerror}; free some space or choose another folder (nothing was replaced)"
         )

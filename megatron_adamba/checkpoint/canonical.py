@@ -49,12 +49,17 @@ def write_canonical(
         for path in extra_files:
             write_atomically(aside / path.name, path.read_bytes())
         sync_directory(aside)
+        old = folder.with_name(folder.name + ".replaced.tmp")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         aside.rename(folder)
         sync_directory(folder.parent)
-    except (OSError, SafetensorError) as error:
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         if isinstance(error, SafetensorError):
             error = OSError(28, str(error))
         raise as_storage_error(error, str(folder)) or error from None

@@ -50,7 +50,10 @@ class JsonWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         storage = {result.index: result.storage_data for results_of_rank in results for result in results_of_rank}
         content = json.dumps(metadata_to_dict(metadata, storage)).encode()
-        write_atomically(Path(self.path) / METADATA_FILE, content)
+        try:
+            write_atomically(Path(self.path) / METADATA_FILE, content)
+        except OSError as error:
+            raise as_storage_error(error, str(self.path)) or error from None
 
 
 class JsonReader(FileSystemReader):

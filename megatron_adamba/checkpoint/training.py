@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_adamba import errors
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata
 from megatron_adamba.checkpoint.rectangles import Fragment
 from megatron_adamba.errors import AdambaError, CheckpointError
 from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
 
+T = TypeVar("T")
 STATE_FILE, FILES_FILE, LATEST = "state.json", "files.json", "latest"
 _BLOCK = 1 << 20
 
@@ -40,9 +43,7 @@ def save_training_checkpoint(
     rank = dist.get_rank()
     final = root / checkpoint_name(step)
     aside = root / f"{checkpoint_name(step)}.tmp"
-    if rank == 0:
-        _run_as_user_error(lambda: _prepare(root, aside), str(root))
-    dist.barrier()
+    together(lambda: _prepare(root, aside) if rank == 0 else None)
     try:
         dcp.save(fragments, storage_writer=JsonWriter(aside))
     except CheckpointException as error:
@@ -52,11 +53,33 @@ def save_training_checkpoint(
     own = {path.name: _fingerprint(path) for path in sorted(aside.glob(f"__{rank}_*"))}
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own)
-    if rank == 0:
-        files = {name: mark for part in everyone for name, mark in part.items()}
-        _run_as_user_error(lambda: _publish(root, aside, final, files, state, keep_last), str(root))
-    dist.barrier()
+    files = {name: mark for part in everyone for name, mark in part.items()}
+    together(lambda: _publish(root, aside, final, files, state, keep_last) if rank == 0 else None)
     return final
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; where it fails on any, all raise that failure, so that nobody waits for the dead.
+
+    A full disk or one that refuses writes is raised as StorageError; other ranks' failures by their class among the
+    user's errors, or as RuntimeError.
+    """
+    failure: BaseException | None = None
+    result = None
+    try:
+        result = action()
+    except OSError as error:
+        failure = error if isinstance(error, AdambaError) else as_storage_error(error, str(error.filename)) or error
+    except Exception as error:
+        failure = error
+    told: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if failure is None else (type(failure).__name__, str(failure)))
+    if failure is not None:
+        raise failure
+    for name, text in filter(None, told):
+        kind = getattr(errors, name, RuntimeError)
+        raise kind(text)
+    return result
 
 
 def _prepare(root: Path, aside: Path) -> None:
@@ -80,7 +103,12 @@ def _publish(
     aside.rename(final)
     sync_directory(root)
     write_atomically(root / LATEST, final.name.encode())
-    for old in [*root.glob("step-*.replaced.tmp"), *_finished(root)[:-keep_last]]:
+    finished = _finished(root)
+    # later steps are those of a branch that this run went back from
+    abandoned = [path for path in finished if path.name > final.name]
+    kept = [path for path in finished if path.name <= final.name][-keep_last:]
+    stale = [path for path in finished if path not in kept and path not in abandoned]
+    for old in [*root.glob("step-*.replaced.tmp"), *abandoned, *stale]:
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -88,13 +116,6 @@ def _publish(
 def _finished(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path for path in root.glob("step-*") if path.suffix != ".tmp" and (path / FILES_FILE).is_file())
-
-
-def _run_as_user_error(action: Any, what: str) -> None:
-    try:
-        action()
-    except OSError as error:
-        raise as_storage_error(error, what) or error from None
 
 
 def _explain(error: CheckpointException) -> Exception:
@@ -110,6 +131,10 @@ def _fingerprint(path: Path) -> dict[str, int]:
         while block := stream.read(_BLOCK):
             checksum, size = zlib.crc32(block, checksum), size + len(block)
     return {"bytes": size, "crc32": checksum}
+
+
+def _is_fingerprint(mark: Any) -> bool:
+    return isinstance(mark, dict) and {"bytes", "crc32"} <= set(mark)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -129,6 +154,8 @@ def latest_checkpoint(root: Path) -> Path | None:
 def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Compare sizes and checksums with `files.json`, this rank's share of them. CheckpointError names the file."""
     listed = _read_json(folder / FILES_FILE)
+    if not {METADATA_FILE, STATE_FILE} <= set(listed) or not all(_is_fingerprint(mark) for mark in listed.values()):
+        raise CheckpointError(f"{folder / FILES_FILE}: damaged (not a list of files); use an earlier checkpoint")
     rank, ranks = share
     for name in sorted(listed)[rank::ranks]:
         path = folder / name

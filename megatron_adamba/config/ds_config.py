@@ -41,7 +41,25 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed_config {path}: not JSON ({error}); try ds_configs/zero1.json") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--deepspeed_config {path}: must hold a JSON object; try ds_configs/zero1.json")
+    _check_sections(values, f"--deepspeed_config {path}")
     return values
+
+
+def _check_sections(values: dict[str, Any], source: str) -> None:
+    """What this project reads of the file has to have the form that it reads."""
+    if "bfloat16" in values:
+        raise ConfigError(f'{source}: "bfloat16" is the old name; write "bf16": {{"enabled": true}}')
+    for key in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(values.get(key, {}), dict):
+            raise ConfigError(f"{source}: {key} must be an object; see ds_configs/zero1.json")
+    zero = values.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ConfigError(f"{source}: zero_optimization.stage {zero['stage']!r} must be 0, 1, 2 or 3; for example 1")
+    for key in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(key, {}), dict):
+            raise ConfigError(f'{source}: {key} must be an object, for example {{"device": "cpu"}}')
+        if zero.get(key, {}).get("device", "none") not in ("none", "cpu"):
+            raise ConfigError(f'{source}: {key}.device {zero[key]["device"]!r} is not supported; use "cpu"')
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -82,6 +100,10 @@ def complete_ds_config(ds_config: dict[str, Any], config: AdambaConfig, world_si
             raise ConfigError(f"{source} has a section {key!r}: it is set by {flag}; take it out of the file")
     if ds_config.get("fp16", {}).get("enabled"):
         raise ConfigError(f'{source} enables fp16: loss scaling is not built here; use "bf16": {{"enabled": true}}')
+    if config.optimizer.name == "muon":
+        for key in ("round_robin_gradients", "parameter_alignment"):
+            if ds_config.get("zero_optimization", {}).get(key):
+                raise ConfigError(f"{source} sets {key}: Muon reads flat partitions in order; take it out of the file")
     result = {**ds_config, **plain}
     result["gradient_accumulation_steps"] = accumulation * passes
     result["train_batch_size"] = train.global_batch_size * passes

@@ -31,7 +31,7 @@ class DataConfig:
     train: list[str | float] = field(default_factory=list)
     """dataset prefixes (PREFIX.bin, PREFIX.idx), or weight, prefix, weight, prefix, ..."""
     validation: list[str | float] = field(default_factory=list)
-    """dataset prefixes for evaluation"""
+    """dataset prefix for evaluation; one"""
     tokenizer: str | None = None
     """bytes | FILE.model (sentencepiece) | tokenizer.json | tiktoken:NAME"""
 

@@ -71,7 +71,8 @@ def stop_distributed() -> None:
 
 def world_size_from_environment() -> int:
     """Ranks that the launcher started, before anything is set up."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    _complete_environment()
+    return int(os.environ["WORLD_SIZE"])
 
 
 def _complete_environment() -> None:

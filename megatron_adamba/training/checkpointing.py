@@ -12,10 +12,11 @@ from megatron_adamba.checkpoint.training import (
     latest_checkpoint,
     read_state,
     save_training_checkpoint,
+    together,
     verify_files,
 )
 from megatron_adamba.engine.state import own_fragments, restore, training_fragments
-from megatron_adamba.errors import AdambaError, CheckpointError, ConfigError
+from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.training.run import Run
 
 
@@ -59,6 +60,7 @@ def resume(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]
 
     Returns the trainer's counters and what happened to optimizer state (`engine.state.restore`).
     """
+    together(lambda: verify_files(folder, (dist.get_rank(), dist.get_world_size())))
     state = together(lambda: _checked_state(run, folder))
     counters = state["counters"]
     report = restore(run.session, folder, counters["optimizer_steps"])
@@ -66,7 +68,6 @@ def resume(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]
 
 
 def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
-    verify_files(folder, (dist.get_rank(), dist.get_world_size()))
     state = read_state(folder)
     ours, theirs = run.plan.config.to_dict()["model"], state["config"]["model"]
     for key, value in ours.items():
@@ -75,23 +76,6 @@ def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
     if state["config"]["tokenizer_hash"] != run.plan.tokenizer.hash:
         raise CheckpointError(f"{folder}: was trained with another tokenizer; give --data.tokenizer of that run")
     return state
-
-
-def together(action: Any) -> Any:
-    """Run `action` on every rank; if it fails on any, raise that rank's message on all, so that nobody waits."""
-    failure, result = None, None
-    try:
-        result = action()
-    except AdambaError as error:
-        failure = error
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, None if failure is None else (type(failure).__name__, str(failure)))
-    if failure is not None:
-        raise failure
-    for other in failures:
-        if other is not None:
-            raise CheckpointError(other[1])
-    return result
 
 
 def write_final_model(run: Run, checkpoint: Path) -> Path:

@@ -16,7 +16,7 @@ class MetricsWriter:
 
     def __init__(self, config: AdambaConfig, run_dir: Path, first_step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
-        _truncate(self.path, first_step)
+        _truncate(self.path, first_step, first_step >= config.train.steps)
         self._file = open(self.path, "a")  # noqa: SIM115 - lives as long as the run
         self._board = _tensorboard(run_dir, first_step) if config.logging.tensorboard else None
         self._wandb = _wandb(config, run_dir) if config.logging.wandb_project else None
@@ -52,10 +52,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _truncate(path: Path, first_step: int) -> None:
+def _truncate(path: Path, first_step: int, final: bool) -> None:
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record.get("step", 0) <= first_step] if first_step else []
+    if final:
+        # a finished run that is started again evaluates its last step once more
+        kept = [record for record in kept if not ("eval_width" in record and record["step"] == first_step)]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
     aside.replace(path)
@@ -68,7 +71,7 @@ def _finite(value: Any) -> Any:
 def _tensorboard(run_dir: Path, first_step: int):
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
 
 def _wandb(config: AdambaConfig, run_dir: Path):

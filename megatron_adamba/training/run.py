@@ -9,6 +9,7 @@ from typing import Any
 from megatron_adamba.blueprint.compat import RunSetup, check_combination
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.checkpoint.training import together
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.ds_config import (
     bf16_enabled,
@@ -77,8 +78,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
 def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     """Open the data, build and initialise the model, wrap it in the engine. Raises DataError, ConfigError."""
     config = plan.config
-    dataset = build_dataset(config.data.train, config.train.seq_len, config.train.seed, plan.tokenizer)
-    validation = _validation(plan)
+    dataset, validation = together(lambda: _open_data(plan))
     model = AdambaModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
     model.initialize(config.train.seed)
     frozen = freeze_groups(model, plan.specs, config.train.freeze)
@@ -87,10 +87,18 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     return Run(plan, session, dataset, sampler, validation, frozen)
 
 
+def _open_data(plan: RunPlan) -> tuple[Any, EvaluationBatches | None]:
+    config = plan.config
+    dataset = build_dataset(config.data.train, config.train.seq_len, config.train.seed, plan.tokenizer)
+    return dataset, _validation(plan)
+
+
 def _validation(plan: RunPlan) -> EvaluationBatches | None:
     config = plan.config
     if not config.data.validation:
         return None
+    if len(config.data.validation) > 1:
+        raise ConfigError("--data.validation: is evaluated as one dataset; give one prefix, without a weight")
     indexed = open_dataset(config.data.validation[0], plan.tokenizer, "--data.validation")
     train = config.train
     return evaluation_batches(indexed, train.seq_len, train.micro_batch_size, plan.tokenizer.eod_id, train.eval_tokens)

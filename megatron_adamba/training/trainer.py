@@ -11,10 +11,12 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_adamba.blueprint.flops import training_flops
+from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
-from megatron_adamba.errors import NonFiniteError, StoppedBySignal
+from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans
+from megatron_adamba.files import as_storage_error
 from megatron_adamba.training.checkpointing import find_resume, resume, save, write_final_model
 from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor
@@ -42,6 +44,7 @@ class Trainer:
         self.peak = 1.0
         self.started, self.first_step = 0.0, 0
         self.last_batch: MicroBatch = {}
+        self.write_failure: Exception | None = None
 
     @property
     def first_rank(self) -> bool:
@@ -57,21 +60,27 @@ class Trainer:
         steps = self.config.train.steps
         self.started, self.first_step = time.perf_counter(), self.counters["step"]
         self.peak = matmul_rate(torch.bfloat16 if self.run.plan.bf16 else torch.float32, self.device)
-        writer = MetricsWriter(self.config, self.run.run_dir, self.counters["step"]) if self.first_rank else None
+        writer = together(self._open_metrics)
         view = ProgressView(self.console, steps, self.counters["step"], self.config.logging.progress)
         try:
-            with StopRequest() as stop, self._loader() as batches:
-                while self.counters["step"] < steps:
-                    self._one_step(batches, writer, view)
-                    self._after_step(stop, writer)
-            saved = save(self.run, self.counters)
-            rows = self.evaluate(writer)
+            with StopRequest() as stop:
+                with self._loader() as batches:
+                    while self.counters["step"] < steps:
+                        self._one_step(batches, writer, view)
+                        self._after_step(stop, writer)
+                saved = save(self.run, self.counters)
+                rows = self.evaluate(writer)
+                write_final_model(self.run, saved)
         finally:
             view.close()
             if writer is not None:
                 writer.close()
-        write_final_model(self.run, saved)
         return rows
+
+    def _open_metrics(self) -> MetricsWriter | None:
+        if not self.first_rank:
+            return None
+        return MetricsWriter(self.config, self.run.run_dir, self.counters["step"])
 
     def _maybe_resume(self) -> None:
         folder = find_resume(self.run)
@@ -112,7 +121,7 @@ class Trainer:
         if self.first_rank:
             view.update(record, logged)
             if logged:
-                writer.write(record)
+                self._write(writer, record)
                 self.log.info("step %d loss %.6f grad_norm %s", record["step"], record["loss"], record["grad_norm"])
 
     def _micro_batches(self, batches: MicroBatchLoader, step: int) -> tuple[Tensor, str]:
@@ -179,19 +188,29 @@ class Trainer:
         """Time of a step so far, saving and evaluation included; single steps differ by their widths."""
         return (time.perf_counter() - self.started) / (self.counters["step"] - self.first_step)
 
+    def _write(self, writer: MetricsWriter, record: dict[str, Any]) -> None:
+        """A full disk is raised on all ranks at the end of the step, where they meet."""
+        try:
+            writer.write(record)
+        except OSError as error:
+            self.write_failure = as_storage_error(error, str(writer.path)) or error
+
     def _after_step(self, stop: StopRequest, writer: MetricsWriter | None) -> None:
         train, step = self.config.train, self.counters["step"]
         if self.counters["skipped_in_a_row"] >= train.nonfinite_patience:
             self._stop_for_nonfinite()
-        flag = torch.tensor([float(stop.requested is not None)], device=self.device)
-        if self.session.mean_over_ranks(flag).item() > 0:
-            folder = save(self.run, self.counters)
-            raise StoppedBySignal(f"{stop.requested or 'a signal'}: saved {folder}; go on with --resume auto")
         interval = self.config.checkpoint.interval
-        if interval and step % interval == 0 and step < train.steps:
-            save(self.run, self.counters)
         if train.eval_interval and step % train.eval_interval == 0 and step < train.steps:
             self.evaluate(writer)
+        flags = torch.tensor([stop.requested is not None, self.write_failure is not None], dtype=torch.float32)
+        stopped, failed = (self.session.mean_over_ranks(flags.to(self.device)) > 0).tolist()
+        if failed:
+            raise self.write_failure or StorageError("rank 0 could not write its metrics; free some space")
+        if stopped:
+            folder = save(self.run, self.counters)
+            raise StoppedBySignal(f"{stop.requested or 'a signal'}: saved {folder}; go on with --resume auto")
+        if interval and step % interval == 0 and step < train.steps:
+            save(self.run, self.counters)
 
     def _stop_for_nonfinite(self) -> None:
         plan = self.run.sampler.plan(self.counters["step"] - 1, 0)
@@ -221,13 +240,14 @@ class Trainer:
         self.session.engine.train()
         if writer is not None:
             for row in rows:
-                writer.write(
+                self._write(
+                    writer,
                     {
                         "step": self.counters["step"],
                         "eval_width": row.width,
                         "eval_nats_per_token": row.nats_per_token,
                         "eval_bits_per_byte": row.bits_per_byte,
-                    }
+                    },
                 )
         return rows
 

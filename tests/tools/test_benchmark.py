@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
         ("nested", ["bf16 width 8 vs dense", "fp32 width 64 vs masked", "bf16 width 8, optimizer step (peer dense)"]),
         ("train", ["bf16 training throughput vs NanoChatForCausalLM", "bf16 optimizer step"]),
         ("blocks", ["M over T, two models, not compared: 32 tokens"]),
-        ("mixer", ["bf16 d_state 16, forward + backward", "fp32 d_state 8, peak memory"]),
+        ("mixer", ["bf16 d_state 16, peer's chunk 256, forward + backward"]),
     ],
 )
 def test_every_subcommand_writes_its_rows(subcommand, names, tmp_path):
