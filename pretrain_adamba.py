@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED
-from megatron_adamba.errors import AdambaError
+from megatron_adamba.errors import AdambaError, LostRankError
 from megatron_adamba.files import as_storage_error
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         parsed = parse_arguments(argv)
         return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
     except AdambaError as error:
-        return fail(error, first)
+        return fail(error, first or (isinstance(error, LostRankError) and error.first_survivor))
     except OSError as error:
         found = as_storage_error(error, str(error.filename))
         if found is None:
@@ -70,7 +70,12 @@ def show_config(parsed: ParsedArguments) -> int:
 def train(parsed: ParsedArguments) -> int:
     from rich.console import Console
 
-    from megatron_adamba.engine.launch import start_distributed, stop_distributed, world_size_from_environment
+    from megatron_adamba.engine.launch import (
+        lost_ranks_named,
+        start_distributed,
+        stop_distributed,
+        world_size_from_environment,
+    )
     from megatron_adamba.training.report import print_rows, print_start
     from megatron_adamba.training.run import build_run, plan_run
     from megatron_adamba.training.trainer import Trainer
@@ -83,7 +88,8 @@ def train(parsed: ParsedArguments) -> int:
         run = build_run(plan, info)
         console = Console(quiet=info.rank != 0)
         print_start(console, run, parsed)
-        rows = Trainer(run, console).train()
+        with lost_ranks_named(info):
+            rows = Trainer(run, console).train()
         if rows:
             print_rows(console, rows)
         console.print(f"model written to {run_dir / 'model'}", highlight=False)
@@ -104,4 +110,6 @@ def log_to_file(run_dir: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
+    # torch prints a C++ stack where a peer's store is gone; what that means is said in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main(sys.argv[1:]))

@@ -46,6 +46,17 @@ class NonFiniteError(AdambaError):
     exit_code = 7
 
 
+class LostRankError(AdambaError):
+    """Other ranks of the job are gone; the last checkpoint is what a new job goes on from."""
+
+    exit_code = 9
+
+    def __init__(self, text: str, first_survivor: bool = True) -> None:
+        super().__init__(text)
+        self.first_survivor = first_survivor
+        """whether this rank is the one that tells the user"""
+
+
 class StoppedBySignal(AdambaError):
     """SIGTERM or SIGINT: the run saved itself and can be resumed."""
 

@@ -1,6 +1,6 @@
 """Measure this project beside its peers: the same weights, dtype and threads, outputs compared before anything counts.
 
-python tools/benchmark.py nested|train|blocks|mixer [--json FILE] [--quick]
+python tools/benchmark.py nested|train|blocks|mixer|moe|tp [--json FILE] [--quick]
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ SUBCOMMANDS = {
     "train": "a model configured like nanochat, beside transformers' NanoChat",
     "blocks": "models of T blocks and of M blocks at growing lengths, beside each other",
     "mixer": "the Mamba-2 mixer, beside transformers' on its torch path",
+    "moe": "a mixture-of-experts layer, beside transformers' experts and DeepSpeed's MoE",
+    "tp": "layers over two ranks, their units dealt out in turn, beside the same layers split into halves",
 }
 
 

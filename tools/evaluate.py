@@ -41,6 +41,7 @@ def main(words: list[str]) -> int:
     from megatron_adamba.evaluation.pictures import draw_pareto
     from megatron_adamba.evaluation.widths import evaluate_plans
     from megatron_adamba.inference.load import load_model
+    from megatron_adamba.parallel.topology import single_process
     from megatron_adamba.training.report import print_rows
 
     loaded = load_model(args.model, args.dtype)
@@ -52,7 +53,7 @@ def main(words: list[str]) -> int:
     def forward(tokens, labels, seq_idx, plan):
         return loaded.model(tokens, labels, seq_idx, plan, reduction="none")
 
-    rows = evaluate_plans(forward, config, batches, plans, loaded.device)
+    rows = evaluate_plans(forward, config, batches, plans, loaded.device, single_process())
     print_rows(Console(), rows)
     if args.json:
         report = {"model": args.model, "data": args.data, "dtype": args.dtype, "rows": [asdict(row) for row in rows]}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_adamba.blueprint.degrees import legal_tp_degrees, obstacle
+from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.errors import ConfigError
 
@@ -19,6 +22,22 @@ class RunSetup:
     world_size: int
     bf16: bool
 
+    @property
+    def tp(self) -> int:
+        return self.config.parallel.tp
+
+    @property
+    def ep(self) -> int:
+        return self.config.parallel.ep
+
+    @property
+    def dp(self) -> int:
+        return max(1, self.world_size // (self.tp * self.config.parallel.pp))
+
+    @property
+    def model(self) -> ModelConfig:
+        return resolve_model(self.config.model)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -30,13 +49,18 @@ class Rule:
 
 
 def _accumulation(setup: RunSetup) -> float:
-    return setup.config.train.global_batch_size / (setup.config.train.micro_batch_size * setup.world_size)
+    return setup.config.train.global_batch_size / (setup.config.train.micro_batch_size * setup.dp)
 
 
 def _legal_batch(setup: RunSetup) -> int:
-    """The smallest multiple of all ranks' micro-batches that holds the batch asked for."""
-    part = setup.config.train.micro_batch_size * setup.world_size
+    """The smallest multiple of all replicas' micro-batches that holds the batch asked for."""
+    part = setup.config.train.micro_batch_size * setup.dp
     return max(part, -(-setup.config.train.global_batch_size // part) * part)
+
+
+def _legal_ep(setup: RunSetup) -> list[int]:
+    ranks, experts = setup.dp * setup.tp, setup.model.num_experts
+    return [n for n in range(1, ranks + 1) if ranks % n == 0 and experts % n == 0 and (experts or n == 1)]
 
 
 def _legal_plans(setup: RunSetup) -> list[int]:
@@ -46,12 +70,38 @@ def _legal_plans(setup: RunSetup) -> list[int]:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "tensor, pipeline and expert parallelism",
-        lambda s: max(s.config.parallel.tp, s.config.parallel.pp, s.config.parallel.ep) > 1,
+        "pipeline parallelism",
+        lambda s: s.config.parallel.pp > 1,
         lambda s: (
-            "--parallel: this version runs data parallelism and ZeRO 1 to 3; "
-            "use --parallel.tp 1 --parallel.pp 1 --parallel.ep 1"
+            "--parallel: this version runs data, tensor, sequence and expert parallelism and ZeRO 1 to 3; "
+            "use --parallel.pp 1"
         ),
+    ),
+    Rule(
+        "a tensor-parallel degree that the ranks do not have",
+        lambda s: s.world_size % s.tp != 0,
+        lambda s: (
+            f"--parallel.tp {s.tp}: must divide the {s.world_size} ranks that the launcher starts; "
+            f"one of {[n for n in range(1, s.world_size + 1) if s.world_size % n == 0]}"
+        ),
+    ),
+    Rule(
+        "a tensor-parallel degree that the model does not have",
+        lambda s: s.tp > 1 and obstacle(s.model, s.tp) is not None,
+        lambda s: f"--parallel.tp {s.tp}: {obstacle(s.model, s.tp)}; this model takes {legal_tp_degrees(s.model)}",
+    ),
+    Rule(
+        "an expert-parallel degree that does not fit",
+        lambda s: s.ep > 1 and s.ep not in _legal_ep(s),
+        lambda s: (
+            f"--parallel.ep {s.ep}: must divide the {s.model.num_experts} experts and the {s.dp * s.tp} ranks of "
+            f"dp x tp; one of {_legal_ep(s)}"
+        ),
+    ),
+    Rule(
+        "sequence parallelism without tensor parallelism",
+        lambda s: s.config.parallel.sp and s.tp == 1,
+        lambda s: "--parallel.sp true: shares the sequence over the tp ranks; give --parallel.tp 2 or more",
     ),
     Rule(
         "ZeRO 0 on several processes",
@@ -62,6 +112,14 @@ RULES: tuple[Rule, ...] = (
         "ZeRO 0 with bf16",
         lambda s: s.zero_stage == 0 and s.bf16,
         lambda s: "--deepspeed_config: zero stage 0 keeps no fp32 weights under bf16; use stage 1",
+    ),
+    Rule(
+        "phase 1 at other widths than the full one",
+        lambda s: s.config.train.phase == 1 and s.config.elastic.width_sampling != "full",
+        lambda s: (
+            f"--train.phase 1: trains at full width, not with --elastic.width_sampling "
+            f"{s.config.elastic.width_sampling}; use --elastic.width_sampling full"
+        ),
     ),
     Rule(
         "Muon with ZeRO 3",
@@ -83,7 +141,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: _accumulation(s) != int(_accumulation(s)) or _accumulation(s) < 1,
         lambda s: (
             f"--train.global_batch_size {s.config.train.global_batch_size}: must be a multiple of "
-            f"micro_batch_size x ranks = {s.config.train.micro_batch_size} x {s.world_size}; try {_legal_batch(s)}"
+            f"micro_batch_size x replicas = {s.config.train.micro_batch_size} x {s.dp}; try {_legal_batch(s)}"
         ),
     ),
     Rule(

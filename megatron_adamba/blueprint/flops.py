@@ -20,6 +20,8 @@ def block_flops(config: ModelConfig, letter: str, row: NestRow, window: int | No
     query, key = heads * config.head_dim, row.kv_groups * config.head_dim
     projections = 2 * row.width * (2 * query + 2 * key)
     keys = mean_keys(seq_len, window)
+    if letter == "E":
+        mlp = 2 * row.width * (config.num_experts + config.experts_per_token * 3 * row.expert_ffn)
     return projections + int(2 * 2 * query * keys) + mlp
 
 

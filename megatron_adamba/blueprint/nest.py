@@ -25,10 +25,15 @@ def default_nest(config: ModelConfig) -> list[NestRow]:
                 width=width,
                 norm_size=width,
                 kv_groups=-(-config.num_kv_groups * width // hidden),
-                ffn=min(round_up(-(-config.ffn_size * width // hidden), config.ffn_granule), config.ffn_size),
+                ffn=_ffn_rows(config.ffn_size, width, config),
+                expert_ffn=_ffn_rows(config.expert_ffn_size, width, config) if "E" in config.block_pattern else 0,
             )
         )
     return rows
+
+
+def _ffn_rows(size: int, width: int, config: ModelConfig) -> int:
+    return min(round_up(-(-size * width // config.hidden_size), config.ffn_granule), size)
 
 
 def check_nest(config: ModelConfig) -> None:
@@ -58,6 +63,13 @@ def _check_row(config: ModelConfig, row: NestRow) -> None:
         raise ConfigError(
             f"{where}: ffn {row.ffn} must be a multiple of ffn_granule {config.ffn_granule} up to {config.ffn_size}; "
             f"try {round_up(min(row.ffn, config.ffn_size), config.ffn_granule)}"
+        )
+    if "E" in config.block_pattern and (
+        row.expert_ffn % config.ffn_granule or not config.ffn_granule <= row.expert_ffn <= config.expert_ffn_size
+    ):
+        raise ConfigError(
+            f"{where}: expert_ffn {row.expert_ffn} must be a multiple of ffn_granule {config.ffn_granule} up to "
+            f"{config.expert_ffn_size}; try {_ffn_rows(config.expert_ffn_size, row.width, config)}"
         )
     if row.norm_size < 1:
         raise ConfigError(f"{where}: norm_size {row.norm_size} must be 1 or more; try {row.width}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_adamba.config.rules import nearest
 from megatron_adamba.errors import ConfigError
 
-BLOCK_WORDS = {"transformer": "T", "mamba": "M"}
+BLOCK_WORDS = {"transformer": "T", "mamba": "M", "moe": "E"}
 """Words that stand for a letter, alone or as an item of a list."""
 
 MAX_BLOCKS = 4096
@@ -19,7 +19,7 @@ _FLAG = "--model.block_pattern"
 def parse_pattern(pattern: str | Sequence[str] | None, num_layers: int | None) -> tuple[str, ...]:
     """Letters of all blocks, first to last.
 
-    pattern: a string with letters T and M, parentheses and repeats `xN` after a letter or a group, spaces ignored;
+    pattern: a string with letters T, M and E, parentheses and repeats `xN` after a letter or a group, spaces ignored;
         or a list of letters or words; or None, which is `num_layers` blocks of T.
     Raises ConfigError for an unknown letter or word, an unbalanced parenthesis, a bad repeat, or a length that is
     not `num_layers` where that is given too.
@@ -49,7 +49,9 @@ def _letter_of(item: str) -> str:
     if word.lower() in BLOCK_WORDS:
         return BLOCK_WORDS[word.lower()]
     near = nearest(word.lower(), BLOCK_WORDS) or "transformer"
-    raise ConfigError(f"{_FLAG}: unknown block {item!r}; blocks are T (transformer) and M (mamba), e.g. {near}")
+    raise ConfigError(
+        f"{_FLAG}: unknown block {item!r}; blocks are T (transformer), M (mamba) and E (moe), e.g. {near}"
+    )
 
 
 class _Parser:
@@ -90,7 +92,7 @@ class _Parser:
             self.position += 1
             return inner
         if character not in BLOCK_WORDS.values():
-            raise self._error(f"unknown block {character!r} (blocks are T and M)")
+            raise self._error(f"unknown block {character!r} (blocks are T, M and E)")
         self.position += 1
         return character
 

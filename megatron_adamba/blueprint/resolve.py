@@ -31,6 +31,7 @@ def resolve_model(config: ModelConfig, vocab_size: int | None = None) -> ModelCo
     )
     config = _resolve_attention(config)
     config = _resolve_ffn(config)
+    config = _resolve_experts(config)
     config = _resolve_mamba(config)
     widths = list(config.widths) if config.widths is not None else None
     if config.nest is not None:
@@ -87,6 +88,31 @@ def _resolve_ffn(config: ModelConfig) -> ModelConfig:
     return replace(config, ffn_size=ffn)
 
 
+def _resolve_experts(config: ModelConfig) -> ModelConfig:
+    if "E" not in config.block_pattern:
+        if config.num_experts:
+            raise ConfigError(
+                f"--model.num_experts {config.num_experts}: no E block has them; "
+                f"add one, e.g. --model.block_pattern E, or leave the flag out"
+            )
+        return config
+    if not config.num_experts:
+        raise ConfigError("--model.block_pattern has E blocks: give --model.num_experts, e.g. 32")
+    if config.experts_per_token > config.num_experts:
+        raise ConfigError(
+            f"--model.experts_per_token {config.experts_per_token}: there are {config.num_experts} experts; "
+            f"try {min(4, config.num_experts)}"
+        )
+    granule = config.ffn_granule
+    size = config.expert_ffn_size or round_up(config.hidden_size, granule)
+    if size % granule:
+        raise ConfigError(
+            f"--model.expert_ffn_size {size}: must be a multiple of ffn_granule {granule}; "
+            f"try {round_up(size, granule)}"
+        )
+    return replace(config, expert_ffn_size=size)
+
+
 def _resolve_mamba(config: ModelConfig) -> ModelConfig:
     if "M" not in config.block_pattern:
         return config
@@ -121,7 +147,7 @@ def attention_windows(config: ModelConfig) -> list[int | None]:
     windows, seen = [], 0
     for letter in config.block_pattern:
         window = None
-        if letter == "T":
+        if letter in "TE":
             local = config.window_pattern[seen % len(config.window_pattern)] == "S"
             window = config.sliding_window if local else None
             seen += 1

@@ -6,12 +6,16 @@ from typing import Any
 
 from megatron_adamba.blueprint.flops import forward_flops, training_flops
 from megatron_adamba.blueprint.manifest import GROUPS, manifest
+from megatron_adamba.blueprint.phases import trains_in_phase
 from megatron_adamba.config.model import ModelConfig
 
 
 def summarize(config: ModelConfig, seq_len: int) -> dict[str, Any]:
-    """{"parameters": {group: n}, "total", "total_without_gains", "widths": [{width, kv_groups, ffn, active_share,
-    forward_flops, training_flops}]} of a resolved config; FLOPs are per token at `seq_len`."""
+    """Of a resolved config; FLOPs are per token at `seq_len`.
+
+    {"blocks", "parameters": {group: n}, "total", "total_without_gains", "trained_in_phase_1",
+    "widths": [{width, kv_groups, ffn, forward_flops, training_flops, share_of_full}]}.
+    """
     specs = manifest(config)
     counts = {group: sum(spec.numel for spec in specs if spec.group == group) for group in GROUPS}
     counts = {group: count for group, count in counts.items() if count}
@@ -31,10 +35,12 @@ def summarize(config: ModelConfig, seq_len: int) -> dict[str, Any]:
             }
         )
     total = sum(counts.values())
+    in_phase = sum(spec.numel for spec in specs if spec.group != "gain" and trains_in_phase(spec, 1))
     return {
         "blocks": config.block_pattern,
         "parameters": counts,
         "total": total,
         "total_without_gains": total - counts.get("gain", 0),
+        "trained_in_phase_1": in_phase,
         "widths": widths,
     }

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_adamba.checkpoint.dcp_json import JsonReader, read_metadata
+from megatron_adamba.checkpoint.aside import written_aside
+from megatron_adamba.checkpoint.shards import TensorInfo, shard_name, stream_shards
 from megatron_adamba.checkpoint.training import read_state, verify_files
+from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import CheckpointError
-from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
+from megatron_adamba.files import write_atomically
 
 INDEX_FILE, CONFIG_FILE = "model.safetensors.index.json", "config.json"
 MAX_SHARD_BYTES = 4 * 2**30
@@ -32,68 +31,61 @@ def write_canonical(
     tensors: Iterable[tuple[str, Tensor]],
     extra_files: Iterable[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    infos: Mapping[str, TensorInfo] | None = None,
 ) -> None:
-    """Write aside and rename; one shard is in memory at a time.
+    """Write aside and rename; one shard is in memory at a time, one tensor where `infos` is given.
 
-    config: JSON values, with the resolved model under `model`; extra_files are copied in under their own names.
-    Raises StorageError where the disk is full.
+    config: JSON values, with the resolved model under `model`; extra_files are copied in under their own names; infos:
+    what `tensors` will yield, in the same order. Raises StorageError where the disk is full.
     """
-    aside = folder.with_name(folder.name + ".tmp")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        places = _write_shards(aside, tensors, max_shard_bytes)
-        index = {"metadata": {"total_size": places.pop("")}, "weight_map": places}
+    with written_aside(folder) as aside:
+        if infos is None:
+            infos, places = _write_shards(aside, tensors, max_shard_bytes)
+        else:
+            places = stream_shards(aside, infos, tensors, max_shard_bytes)
+        total = sum(info.num_bytes for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
         write_atomically(aside / INDEX_FILE, json.dumps(index, indent=1).encode())
         write_atomically(aside / CONFIG_FILE, json.dumps(config, indent=1).encode())
         for path in extra_files:
             write_atomically(aside / path.name, path.read_bytes())
-        sync_directory(aside)
-        old = folder.with_name(folder.name + ".replaced.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        sync_directory(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise
-        if isinstance(error, SafetensorError):
-            error = OSError(28, str(error))
-        raise as_storage_error(error, str(folder)) or error from None
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> dict[str, Any]:
-    """Shards under provisional names, then `model-00001-of-00003.safetensors`; returns name -> file, "" -> bytes."""
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Shards under provisional names, then `model-00001-of-00003.safetensors`; returns what was in them and where."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
-    size = total = 0
+    infos: dict[str, TensorInfo] = {}
+    size = 0
 
     def flush() -> None:
         path = folder / f"part-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
+        try:
+            save_file(pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(28, str(error)) from None
         with open(path, "rb+") as stream:
             os.fsync(stream.fileno())
         shards.append(list(pending))
         pending.clear()
 
     for name, tensor in tensors:
-        tensor_bytes = tensor.numel() * tensor.element_size()
-        if pending and size + tensor_bytes > max_shard_bytes:
+        info = infos[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
+        if pending and size + info.num_bytes > max_shard_bytes:
             flush()
             size = 0
         pending[name] = tensor.contiguous()
-        size, total = size + tensor_bytes, total + tensor_bytes
+        size += info.num_bytes
     if pending or not shards:
         flush()
-    places: dict[str, Any] = {"": total}
+    places: dict[str, str] = {}
     for number, names in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        final = shard_name(number, len(shards))
         (folder / f"part-{number}").rename(folder / final)
         places.update(dict.fromkeys(names, final))
-    return places
+    return infos, places
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -101,9 +93,11 @@ def read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     try:
         places = json.loads(path.read_text())["weight_map"]
+        if not all(isinstance(shard, str) for shard in places.values()):
+            raise ValueError("a shard's name is not text")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; give a folder that holds a canonical checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard or not (folder / shard).exists():
@@ -115,13 +109,18 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, one at a time, shard by shard."""
     places = read_index(folder)
     for shard in sorted(set(places.values())):
-        path = folder / shard
-        try:
-            with safe_open(path, framework="pt") as stream:
-                for name in sorted(name for name, place in places.items() if place == shard):
-                    yield name, stream.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+        for name in sorted(name for name, place in places.items() if place == shard):
+            yield name, read_tensor(folder / shard, name)
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a shard. Raises CheckpointError where the file is damaged."""
+    try:
+        # opened anew for every tensor: a mapping that stays open keeps every page that was read from it
+        with safe_open(path, framework="pt") as stream:
+            return stream.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})") from None
 
 
 def load_into(module: torch.nn.Module, folder: Path) -> None:
@@ -145,22 +144,16 @@ def load_into(module: torch.nn.Module, folder: Path) -> None:
 
 
 def canonical_from_training(checkpoint: Path, folder: Path, extra_files: Iterable[Path] = ()) -> None:
-    """Convert a training checkpoint in one process, a shard at a time: weights only, fp32 where they were trained.
+    """Convert a training checkpoint in one process, a tensor at a time: weights only, fp32 where they were trained.
 
-    extra_files: copied in beside the weights, such as the tokenizer.
+    extra_files: copied in beside the weights, such as the tokenizer. Raises CheckpointError.
     """
     verify_files(checkpoint)
     state = read_state(checkpoint)
-    write_canonical(folder, state["config"], _training_weights(checkpoint), extra_files)
-
-
-def _training_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    entries = read_metadata(checkpoint).state_dict_metadata
-    reader = JsonReader(checkpoint)
-    for key, entry in entries.items():
-        if key.startswith(WEIGHT_PREFIX):
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
-                dcp.load({key: tensor}, storage_reader=reader, no_dist=True)
-            yield key.removeprefix(WEIGHT_PREFIX), tensor
+    if not isinstance(state.get("config"), dict):
+        raise CheckpointError(f"{checkpoint}: its state holds no config; use an earlier checkpoint")
+    held = WholeTensors(checkpoint)
+    keys = {key.removeprefix(WEIGHT_PREFIX): key for key in held.infos if key.startswith(WEIGHT_PREFIX)}
+    infos = {name: held.infos[key] for name, key in keys.items()}
+    tensors = ((name, held.read(key)) for name, key in keys.items())
+    write_canonical(folder, state["config"], tensors, extra_files, infos=infos)

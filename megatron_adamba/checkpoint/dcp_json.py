@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -70,6 +72,29 @@ class JsonReader(FileSystemReader):
         self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
+    def read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """One chunk of tensor `name`, on the CPU. Raises CheckpointError naming file and tensor where it is damaged."""
+        metadata = self.read_metadata()
+        place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        path = self.folder / place.relative_path
+        try:
+            with open(path, "rb") as stream, warnings.catch_warnings():
+                # what a foreign file makes torch say beside its refusal is no news to the user
+                warnings.simplefilter("ignore")
+                tensor = torch.load(self._slice_file(stream, place), map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}; use an earlier checkpoint") from None
+        except Exception as error:
+            # there is no telling what damaged bytes make torch raise
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise CheckpointError(f"{path}: {name} cannot be read ({cause}); use an earlier checkpoint") from None
+        dtype = metadata.state_dict_metadata[name].properties.dtype
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.shape != chunk.sizes or tensor.dtype != dtype:
+            wanted = f"{dtype} {tuple(chunk.sizes)}"
+            raise CheckpointError(f"{path}: {name} is not the {wanted} that {METADATA_FILE} says; use an earlier one")
+        return tensor
+
 
 def metadata_to_dict(metadata: Metadata, storage: dict[MetadataIndex, _StorageInfo]) -> dict[str, Any]:
     """{"format": 1, "tensors": {name: {dtype, shape, chunks: [{offset, size, file, start, length}]}}}."""
@@ -102,7 +127,7 @@ def read_metadata(folder: Path) -> Metadata:
         return _metadata_from_dict(values["tensors"])
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); use an earlier checkpoint") from None
 
 
@@ -113,6 +138,8 @@ def _metadata_from_dict(tensors: dict[str, Any]) -> Metadata:
         for chunk in entry["chunks"]:
             if os.path.basename(chunk["file"]) != chunk["file"]:
                 raise ValueError(f"file name {chunk['file']!r} leaves the folder")
+            if not all(type(chunk[key]) is int and chunk[key] >= 0 for key in ("start", "length")):
+                raise ValueError(f"{name}: a chunk starts at {chunk['start']!r} and is {chunk['length']!r} bytes long")
             offset = torch.Size(chunk["offset"])
             chunks.append(ChunkStorageMetadata(offsets=offset, sizes=torch.Size(chunk["size"])))
             storage[MetadataIndex(name, offset)] = _StorageInfo(chunk["file"], chunk["start"], chunk["length"], None)

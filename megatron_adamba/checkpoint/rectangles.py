@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from megatron_adamba.blueprint.manifest import ParamSpec
+from megatron_adamba.parallel.layout import Run, local_shape, owned_runs
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,40 @@ def _inside_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list
     ]
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a shard lies in its canonical tensor."""
+
+    shape: tuple[int, ...]
+    """of the canonical tensor"""
+    local_shape: tuple[int, ...]
+    axis: int = 0
+    runs: tuple[Run, ...] = ()
+    """rows along `axis` that the shard holds; none where the shard is the whole tensor"""
+
+    def canonical_parts(self, offset: tuple[int, ...], box: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """A box of the shard as boxes of the canonical tensor: their offsets, and views into `box`."""
+        if not self.runs:
+            yield offset, box
+            return
+        low, high = offset[self.axis], offset[self.axis] + box.shape[self.axis]
+        for run in self.runs:
+            first, last = max(low, run.local), min(high, run.local + run.size)
+            if first < last:
+                row = run.canonical + first - run.local
+                part = box.narrow(self.axis, first - low, last - first)
+                yield (*offset[: self.axis], row, *offset[self.axis + 1 :]), part
+
+
+def placement(spec: ParamSpec, size: int, rank: int) -> Placement:
+    """Of the shard that rank `rank` of `size` tensor-parallel ranks holds."""
+    if spec.unit is None or size == 1:
+        return Placement(spec.shape, spec.shape)
+    return Placement(spec.shape, local_shape(spec, size, rank), spec.unit_axis, owned_runs(spec, size, rank))
+
+
 class Fragment(torch.Tensor):
-    """This rank's flat piece of a canonical tensor, in the form torch.distributed.checkpoint asks for.
+    """This rank's flat piece of a shard of a canonical tensor, in the form torch.distributed.checkpoint asks for.
 
     It has the canonical shape and no storage of its own; `pieces` are views into the flat piece, so loading writes
     straight into it.
@@ -67,14 +102,22 @@ class Fragment(torch.Tensor):
     pieces: dict[tuple[int, ...], Tensor]
 
     @staticmethod
-    def __new__(cls, flat: Tensor, start: int, shape: Sequence[int]) -> Fragment:
-        """flat: [n] elements start .. start + n - 1 of the canonical tensor of `shape`; n may be 0."""
-        fragment = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=flat.dtype, device=flat.device)
+    def __new__(cls, flat: Tensor, start: int, place: Placement) -> Fragment:
+        """flat: [n] elements start .. start + n - 1 of this rank's shard; n may be 0."""
+        fragment = torch.Tensor._make_wrapper_subclass(cls, place.shape, dtype=flat.dtype, device=flat.device)
         fragment.pieces = {}
-        for box in flat_rectangles(shape, start, start + flat.numel()):
+        for box in flat_rectangles(place.local_shape, start, start + flat.numel()):
             low = box.start - start
-            fragment.pieces[box.offset] = flat[low : low + prod(box.size)].view(box.size)
+            piece = flat[low : low + prod(box.size)].view(box.size)
+            for offset, part in place.canonical_parts(box.offset, piece):
+                fragment.pieces[offset] = part
         return fragment
+
+    def copy_to_host(self) -> Fragment:
+        """The same fragment with copies of its pieces in host memory."""
+        copy = torch.Tensor._make_wrapper_subclass(Fragment, tuple(self.shape), dtype=self.dtype, device="cpu")
+        copy.pieces = {offset: piece.detach().to("cpu", copy=True) for offset, piece in self.pieces.items()}
+        return copy
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

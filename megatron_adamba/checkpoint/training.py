@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_adamba import errors
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata
 from megatron_adamba.checkpoint.rectangles import Fragment
+from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import AdambaError, CheckpointError
 from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
 
@@ -33,32 +34,38 @@ def checkpoint_name(step: int) -> str:
 
 
 def save_training_checkpoint(
-    root: Path, step: int, fragments: dict[str, Fragment], state: dict[str, Any], keep_last: int
+    root: Path,
+    step: int,
+    fragments: dict[str, Fragment],
+    state: dict[str, Any],
+    keep_last: int,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Called by every rank with its own fragments; returns the finished folder.
 
-    state: JSON values, the same on all ranks. Older checkpoints beyond `keep_last` go only after `latest` names the
-    new one. Raises StorageError where the disk is full; what was there before is untouched.
+    state: JSON values, the same on all ranks; group: of all ranks, to meet in; None is the world's. Older checkpoints
+    beyond `keep_last` go only after `latest` names the new one. Raises StorageError where the disk is full; what was
+    there before is untouched.
     """
     rank = dist.get_rank()
     final = root / checkpoint_name(step)
     aside = root / f"{checkpoint_name(step)}.tmp"
-    together(lambda: _prepare(root, aside) if rank == 0 else None)
+    together(lambda: _prepare(root, aside) if rank == 0 else None, group)
     try:
-        dcp.save(fragments, storage_writer=JsonWriter(aside))
+        dcp.save(fragments, storage_writer=JsonWriter(aside), process_group=group)
     except CheckpointException as error:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise _explain(error) from None
     own = {path.name: _fingerprint(path) for path in sorted(aside.glob(f"__{rank}_*"))}
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, own)
+    dist.all_gather_object(everyone, own, group=group)
     files = {name: mark for part in everyone for name, mark in part.items()}
-    together(lambda: _publish(root, aside, final, files, state, keep_last) if rank == 0 else None)
+    together(lambda: _publish(root, aside, final, files, state, keep_last) if rank == 0 else None, group)
     return final
 
 
-def together(action: Callable[[], T]) -> T:
+def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on every rank; where it fails on any, all raise that failure, so that nobody waits for the dead.
 
     A full disk or one that refuses writes is raised as StorageError; other ranks' failures by their class among the
@@ -73,7 +80,7 @@ def together(action: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     told: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if failure is None else (type(failure).__name__, str(failure)))
+    dist.all_gather_object(told, None if failure is None else (type(failure).__name__, str(failure)), group=group)
     if failure is not None:
         raise failure
     for name, text in filter(None, told):
@@ -143,7 +150,10 @@ def latest_checkpoint(root: Path) -> Path | None:
     pointer = root / LATEST
     if not pointer.exists():
         return None
-    name = pointer.read_text().strip()
+    try:
+        name = pointer.read_text().strip()
+    except ValueError:
+        raise CheckpointError(f"{pointer}: damaged (not text); give --resume a checkpoint folder") from None
     if name and Path(name).name == name and (root / name).is_dir():
         return root / name
     if finished := _finished(root):
@@ -156,6 +166,9 @@ def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     listed = _read_json(folder / FILES_FILE)
     if not {METADATA_FILE, STATE_FILE} <= set(listed) or not all(_is_fingerprint(mark) for mark in listed.values()):
         raise CheckpointError(f"{folder / FILES_FILE}: damaged (not a list of files); use an earlier checkpoint")
+    places = read_metadata(folder).storage_data.values()
+    if unlisted := sorted({place.relative_path for place in places} - set(listed)):
+        raise CheckpointError(f"{folder / FILES_FILE}: does not list {unlisted[0]}; use an earlier checkpoint")
     rank, ranks = share
     for name in sorted(listed)[rank::ranks]:
         path = folder / name
@@ -179,7 +192,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); use an earlier checkpoint") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: damaged (not a JSON object); use an earlier checkpoint")
@@ -192,7 +205,8 @@ def load_fragments(folder: Path, fragments: dict[str, Fragment]) -> list[str]:
     Returns names that the checkpoint holds and nobody asked for. Raises CheckpointError before anything is written.
     """
     reader = JsonReader(folder)
-    held = read_metadata(folder).state_dict_metadata
+    # what no chunk covers would stay as it was, without a word
+    held = WholeTensors(folder).entries
     for name, fragment in fragments.items():
         if name not in held:
             raise CheckpointError(f"{folder}: has no tensor {name}; it belongs to another model or setting")

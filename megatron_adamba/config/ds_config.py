@@ -75,16 +75,16 @@ def bf16_enabled(ds_config: dict[str, Any]) -> bool:
     return bool(ds_config.get("bf16", {}).get("enabled", False))
 
 
-def complete_ds_config(ds_config: dict[str, Any], config: AdambaConfig, world_size: int, source: str) -> dict[str, Any]:
+def complete_ds_config(ds_config: dict[str, Any], config: AdambaConfig, dp: int, source: str) -> dict[str, Any]:
     """Write our values into a copy of the user's ds_config.
 
-    world_size: data-parallel ranks. Under `sandwich` every pass is a micro-step of the engine, so its accumulation
+    dp: data-parallel ranks. Under `sandwich` every pass is a micro-step of the engine, so its accumulation
     and batch grow by the number of passes.
     Raises ConfigError, naming both sources, where a value is given twice and differs.
     """
     passes = config.elastic.sandwich_passes if config.elastic.width_sampling == "sandwich" else 1
     train = config.train
-    accumulation = train.global_batch_size // (train.micro_batch_size * world_size)
+    accumulation = train.global_batch_size // (train.micro_batch_size * dp)
     plain = {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,

@@ -37,7 +37,8 @@ class ModelConfig:
     num_layers: int | None = None
     """number of blocks; derived from block_pattern where that is given"""
     block_pattern: str | list[str] | None = None
-    """T attention + MLP, M Mamba; e.g. "(TM)x10", "Tx12 Mx8", [transformer, mamba]; null means all T"""
+    """T attention + MLP, M Mamba, E attention + experts; e.g. "(TM)x10", "(EEM)x12", [transformer, mamba, moe]; null
+    means all T"""
     vocab_size: int | None = None
     """null takes the tokenizer's"""
     num_heads: int | None = None
@@ -54,12 +55,22 @@ class ModelConfig:
     """biases on attention and MLP projections"""
     rope_theta: float = 10000.0
     """base of the rotary frequencies"""
+    rope_factor: float = 1.0
+    """YaRN: how many times longer than rope_original_context the context may grow; 1 turns it off"""
+    rope_original_context: int = 4096
+    """YaRN: context that the frequencies were made for"""
+    rope_beta_fast: float = 32.0
+    """YaRN: frequencies with more turns than this in the original context stay"""
+    rope_beta_slow: float = 1.0
+    """YaRN: frequencies with fewer turns than this are divided by rope_factor"""
     rope_sign: int = 1
     """1 rotates by +theta (the usual way), -1 by -theta (nanochat)"""
     qk_norm: bool = True
     """weightless RMSNorm of queries and keys over the head, after RoPE"""
     embedding_norm: bool = False
     """weightless RMSNorm right after the embedding (nanochat)"""
+    attention_sinks: bool = False
+    """one learnable logit per query head that takes part in the softmax and attends to nothing (GPT-OSS)"""
     norm_weight: bool = True
     """per-channel weights on the RMSNorms; nanochat has none"""
     norm_eps: float = 1e-5
@@ -74,6 +85,20 @@ class ModelConfig:
     """keys that a local attention layer sees, itself included"""
     window_pattern: str = "L"
     """S (sliding_window) and L (all), repeated over the T blocks in order"""
+    num_experts: int = 0
+    """experts of every E block"""
+    experts_per_token: int = 4
+    """experts that a token is sent to; their weights are a softmax over their logits"""
+    expert_ffn_size: int | None = None
+    """rows of an expert; null means hidden_size up to the next ffn_granule"""
+    expert_gate_limit: float = 7.0
+    """gate is clamped to at most this, up to within plus and minus this; 0 turns it off"""
+    expert_gate_slope: float = 1.702
+    """a of gate * sigmoid(a * gate) * (up + 1)"""
+    router_balance_weight: float = 0.0
+    """weight of the load-balancing loss; it is left out while the router is frozen"""
+    router_z_weight: float = 0.0
+    """weight of the mean squared log-partition of the router's logits"""
     mamba_version: int = 2
     """2 (SSD) or 1 (selective scan)"""
     mamba_expand: int = 2
@@ -114,6 +139,10 @@ class ModelConfig:
             "ffn_granule",
             "norm_eps",
             "rope_theta",
+            "rope_original_context",
+            "rope_beta_fast",
+            "rope_beta_slow",
+            "experts_per_token",
         ):
             positive(f"--model.{name}", getattr(self, name))
         for name in (
@@ -124,10 +153,19 @@ class ModelConfig:
             "static_norm_size",
             "sliding_window",
             "mamba_num_heads",
+            "expert_ffn_size",
         ):
             if getattr(self, name) is not None:
                 positive(f"--model.{name}", getattr(self, name))
-        in_range("--model.logit_softcap", self.logit_softcap, 0, float("inf"))
+        in_range("--model.rope_factor", self.rope_factor, 1, float("inf"))
+        for name in (
+            "logit_softcap",
+            "num_experts",
+            "expert_gate_limit",
+            "router_balance_weight",
+            "router_z_weight",
+        ):
+            in_range(f"--model.{name}", getattr(self, name), 0, float("inf"))
         one_of("--model.activation", self.activation, ("relu2", "swiglu"))
         one_of("--model.rope_sign", self.rope_sign, (1, -1))
         one_of("--model.mamba_version", self.mamba_version, (1, 2))

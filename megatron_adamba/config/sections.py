@@ -55,7 +55,9 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """keep only each block's input and run the block again in backward"""
     freeze: list[str] = field(default_factory=list)
-    """parameter groups that do not train: embedding, head, norm, gain, attention, mlp, mamba"""
+    """parameter groups that do not train: embedding, head, norm, gain, attention, mlp, router, expert, mamba"""
+    phase: int | None = None
+    """1: Mamba layers alone train, at full width, as after grafting them in; null: everything not frozen trains"""
     nonfinite_patience: int = 5
     """steps in a row with a non-finite loss or gradient, each skipped, after which the run stops"""
     eval_interval: int = 0
@@ -66,6 +68,8 @@ class TrainConfig:
     def check(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "nonfinite_patience", "eval_tokens"):
             positive(f"--train.{name}", getattr(self, name))
+        if self.phase is not None:
+            one_of("--train.phase", self.phase, (1,))
         for name in ("gradient_clipping", "eval_interval"):
             in_range(f"--train.{name}", getattr(self, name), 0, float("inf"))
 
@@ -125,6 +129,8 @@ class ParallelConfig:
     """pipeline parallelism"""
     ep: int = 1
     """expert parallelism"""
+    sp: bool = False
+    """sequence parallelism: the tp ranks share out the sequence between the tensor-parallel parts of a layer"""
 
     def check(self) -> None:
         for name in ("tp", "pp", "ep"):
@@ -139,6 +145,8 @@ class CheckpointConfig:
     """steps between training checkpoints; 0 saves only on a signal"""
     keep_last: int = 2
     """training checkpoints that stay on disk"""
+    asynchronous: bool = False
+    """training goes on as soon as weights and optimizer state are copied to host memory; needs that memory"""
     resume: str = "never"
     """auto (the latest of the run's folder, or a fresh start) | never | a checkpoint folder"""
 

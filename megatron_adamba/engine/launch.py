@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import logging
 import os
 import socket
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_adamba.errors import ConfigError
+from megatron_adamba.errors import ConfigError, LostRankError
 from megatron_adamba.ops.host_memory import keep_freed_pages
 
 _TIMEOUT = datetime.timedelta(minutes=30)
+_PATIENCE = 0.3
+"""seconds in which ranks that lost a connection find each other; launchers end a job within a second"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,45 @@ def import_deepspeed():
     compatible = importlib.import_module("deepspeed.ops").__compatible_ops__
     compatible["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def lost_ranks_named(info: RankInfo) -> Iterator[None]:
+    """Turns a collective that failed because a rank is gone into a LostRankError that says which."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if not _is_lost_connection(error):
+            raise
+        gone = _missing_ranks(info)
+        logging.getLogger("megatron_adamba").error("lost a connection", exc_info=error)
+        names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
+        raise LostRankError(
+            f"{names} ended without a word (killed, out of memory, or its machine is gone): its log is in RUN/logs; "
+            f"start again with --resume auto",
+            first_survivor=0 in gone or info.rank == 0,
+        ) from None
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistNetworkError) or any(
+        mark in text for mark in ("gloo/transport", "Connection closed by", "Connection reset by", "ncclRemote")
+    )
+
+
+def _missing_ranks(info: RankInfo) -> list[int]:
+    """Ranks that do not answer: whoever lost a connection says so in the job's store, and waits for the others to."""
+    try:
+        store = importlib.import_module("torch.distributed.distributed_c10d")._get_default_store()
+        missing = lambda: [rank for rank in range(info.world_size) if not store.check([f"adamba/alive/{rank}"])]
+        store.set(f"adamba/alive/{info.rank}", "1")
+        if missing():
+            time.sleep(_PATIENCE)
+        return missing()
+    except (RuntimeError, ValueError, AttributeError):
+        # the first rank keeps the store of a job without an agent
+        return [0] if info.rank else []
 
 
 def stop_distributed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -11,35 +12,46 @@ from torch import Tensor, nn
 
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.config.sections import OptimizerConfig
+from megatron_adamba.parallel.layout import cut, join, local_shape
+from megatron_adamba.parallel.topology import Topology
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """quintic Newton-Schulz iteration of Muon (Jordan et al. 2024)"""
 NS_STEPS = 5
 
 
-def parameter_groups(module: nn.Module, specs: Sequence[ParamSpec], config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, specs: Sequence[ParamSpec], config: OptimizerConfig, experts_apart: str | None = None
+) -> list[dict[str, Any]]:
     """Groups of trainable parameters, each with its peak learning rate in `peak_lr`.
 
-    Only matrices decay. Muon's groups carry the shapes of their matrices in the order of the parameters, because
-    ZeRO replaces the parameters by one flat partition.
+    Only matrices decay. Groups carry the specs of their parameters in the parameters' order, because ZeRO replaces
+    the parameters by one flat partition. experts_apart: DeepSpeed's name for the ranks that experts are summed up
+    over; they then have groups of their own.
     """
     parameters = dict(module.named_parameters())
     trained = [spec for spec in specs if parameters[spec.name].requires_grad]
+    apart = [spec for spec in trained if experts_apart and spec.group == "expert"]
+    trained = [spec for spec in trained if spec not in apart]
     muon = config.name == "muon"
     choice = lambda value: config.lr if value is None else value
     plans = (
         ("muon", [s for s in trained if muon and s.kind == "matrix"], config.muon_lr, config.weight_decay),
         ("matrix", [s for s in trained if not muon and s.kind == "matrix"], config.lr, config.weight_decay),
+        ("experts", [s for s in trained if s.kind == "matrices"], config.lr, config.weight_decay),
         ("embedding", [s for s in trained if s.group == "embedding"], choice(config.embedding_lr), 0.0),
         ("head", [s for s in trained if s.group == "head"], choice(config.head_lr), 0.0),
         ("vector", [s for s in trained if s.kind == "vector"], choice(config.vector_lr), 0.0),
+        (experts_apart, [s for s in apart if s.kind == "matrices"], config.lr, config.weight_decay),
+        (experts_apart, [s for s in apart if s.kind == "vector"], choice(config.vector_lr), 0.0),
     )
     return [
         {
             "params": [parameters[spec.name] for spec in members],
             "name": name,
             "use_muon": name == "muon",
-            "shapes": [spec.shape for spec in members],
+            "moe": name is not None and name == experts_apart,
+            "specs": members,
             "peak_lr": peak,
             "lr": peak,
             "weight_decay": decay,
@@ -53,19 +65,20 @@ class ElasticOptimizer(torch.optim.AdamW):
     """AdamW (arXiv 1711.05101), and Muon for groups with `use_muon`.
 
     Under ZeRO 1 and 2 the one parameter of a Muon group is this rank's slice of all its matrices laid end to end, in
-    order and padded at the end: the momentum is gathered, matrices that overlap the slice are orthogonalized whole,
-    and the slice of the result is kept. The gradient arrives clipped by its raw norm.
+    order and padded at the end: the momentum is gathered over data-parallel and tensor-parallel ranks, matrices that
+    overlap the slice are orthogonalized whole, and the slice of the result is kept. The gradient arrives
+    clipped by its raw norm.
     `skip_step` makes the next steps leave weights and state as they are, until it is set back.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], config: OptimizerConfig, ns_dtype: torch.dtype, data_group=None
+        self, groups: list[dict[str, Any]], config: OptimizerConfig, ns_dtype: torch.dtype, topology: Topology
     ) -> None:
         betas = (config.beta1, config.beta2)
         fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
         super().__init__(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
         self.muon_momentum = config.muon_momentum
-        self.ns_dtype, self.data_group = ns_dtype, data_group
+        self.ns_dtype, self.topology = ns_dtype, topology
         self.skip_step = False
 
     @torch.no_grad()
@@ -85,8 +98,8 @@ class ElasticOptimizer(torch.optim.AdamW):
         return None
 
     def _muon_step(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.numel()]
-        if len(params) == len(group["shapes"]) and all(p.shape == s for p, s in zip(params, group["shapes"])):
+        params, specs = [p for p in group["params"] if p.numel()], group["specs"]
+        if len(params) == len(specs) and all(p.shape == s.shape for p, s in zip(params, specs)):
             for p in params:
                 if p.grad is not None:
                     _apply(p, orthogonalize(self._momentum(p), self.ns_dtype), group)
@@ -94,7 +107,7 @@ class ElasticOptimizer(torch.optim.AdamW):
         (flat,) = params
         if flat.grad is None:
             return
-        _apply(flat, self._orthogonal_slice(self._momentum(flat), group["shapes"]), group)
+        _apply(flat, self._orthogonal_slice(self._momentum(flat), specs), group)
 
     def _momentum(self, p: Tensor) -> Tensor:
         """Nesterov momentum; the sum of past gradients is the state `exp_avg`."""
@@ -104,23 +117,45 @@ class ElasticOptimizer(torch.optim.AdamW):
         average = state["exp_avg"].lerp_(p.grad, 1 - self.muon_momentum)
         return p.grad.lerp(average, self.muon_momentum)
 
-    def _orthogonal_slice(self, update: Tensor, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-        ranks = dist.get_world_size(self.data_group)
-        rank, size = dist.get_rank(self.data_group), update.numel()
-        whole = update
-        if ranks > 1:
-            whole = update.new_empty(ranks * size)
-            dist.all_gather_into_tensor(whole, update.contiguous(), group=self.data_group)
-        low, high, start = rank * size, (rank + 1) * size, 0
+    def _orthogonal_slice(self, update: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
+        size = update.numel()
+        low = self.topology.place("dp") * size
+        shards = self._gather_shards(self._gather_partitions(update), specs)
+        tp_size, tp_rank = len(shards), self.topology.place("tp")
+        starts = [0] * tp_size
         out = torch.zeros_like(update)
-        for rows, cols in shapes:
-            end = start + rows * cols
-            if start < high and end > low:
-                result = orthogonalize(whole[start:end].view(rows, cols), self.ns_dtype).flatten()
-                first, last = max(start, low), min(end, high)
-                out[first - low : last - low] = result[first - start : last - start]
-            start = end
+        for spec in specs:
+            shapes = [local_shape(spec, tp_size, rank) for rank in range(tp_size)]
+            ends = [start + prod(shape) for start, shape in zip(starts, shapes)]
+            first, last = max(starts[tp_rank], low), min(ends[tp_rank], low + size)
+            if first < last:
+                parts = [flat[a:b].view(shape) for flat, a, b, shape in zip(shards, starts, ends, shapes)]
+                whole = orthogonalize(join(spec, parts), self.ns_dtype)
+                own = cut(spec, whole, tp_size, tp_rank).flatten()
+                out[first - low : last - low] = own[first - starts[tp_rank] : last - starts[tp_rank]]
+            starts = ends
         return out
+
+    def _gather_partitions(self, update: Tensor) -> Tensor:
+        """All of this tensor-parallel rank's matrices end to end, from the data-parallel ranks' slices."""
+        ranks = self.topology.size("dp")
+        if ranks == 1:
+            return update
+        whole = update.new_empty(ranks * update.numel())
+        dist.all_gather_into_tensor(whole, update.contiguous(), group=self.topology.group("dp"))
+        return whole
+
+    def _gather_shards(self, own: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
+        """The same of every tensor-parallel rank; ranks may hold one unit more or less."""
+        ranks = self.topology.size("tp")
+        if ranks == 1:
+            return [own]
+        sizes = [sum(prod(local_shape(spec, ranks, rank)) for spec in specs) for rank in range(ranks)]
+        padded = own.new_zeros(max(sizes))
+        padded[: sizes[self.topology.place("tp")]] = own[: sizes[self.topology.place("tp")]]
+        gathered = own.new_empty(ranks, max(sizes))
+        dist.all_gather_into_tensor(gathered.view(-1), padded, group=self.topology.group("tp"))
+        return list(gathered)
 
 
 def _apply(p: Tensor, update: Tensor, group: dict[str, Any]) -> None:

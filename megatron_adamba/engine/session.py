@@ -15,10 +15,18 @@ from torch import Tensor, nn
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.config.ds_config import bf16_enabled, offload_enabled, zero_stage
 from megatron_adamba.config.sections import OptimizerConfig
+from megatron_adamba.engine.experts import (
+    expert_group_name,
+    experts_apart,
+    mark_expert_parameters,
+    register_expert_groups,
+)
 from megatron_adamba.engine.gradients import all_finite, gradient_tensors
 from megatron_adamba.engine.launch import RankInfo, import_deepspeed
+from megatron_adamba.engine.mpu import ModelParallelUnit, mark_sharded_parameters
 from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
 from megatron_adamba.ops.nested_linear import Accumulation
+from megatron_adamba.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class StepResult:
 class TrainingSession:
     """Runs a model under DeepSpeed. The model must have its final `requires_grad` flags.
 
-    ds_config: complete (`config.ds_config.complete_ds_config`).
+    ds_config: complete (`config.ds_config.complete_ds_config`); topology: the one that the model was built for.
     """
 
     def __init__(
@@ -43,16 +51,23 @@ class TrainingSession:
         optimizer: OptimizerConfig,
         ds_config: dict[str, Any],
         rank_info: RankInfo,
+        topology: Topology,
     ) -> None:
-        self.rank_info, self.specs = rank_info, specs
+        self.rank_info, self.specs, self.topology = rank_info, specs, topology
         self.stage, self.offload = zero_stage(ds_config), offload_enabled(ds_config)
         self.bf16 = bf16_enabled(ds_config)
         ns_dtype = torch.bfloat16 if self.bf16 else torch.float32
-        groups = parameter_groups(model, specs, optimizer)
+        apart = expert_group_name(topology) if experts_apart(topology) else None
+        groups = parameter_groups(model, specs, optimizer, apart)
         # ZeRO replaces the groups' parameters by flat partitions, so who belongs where is kept here
         self._group_of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
-        self.optimizer = ElasticOptimizer(groups, optimizer, ns_dtype, dist.group.WORLD)
-        self.engine = _initialize(model, self.optimizer, ds_config)
+        self.optimizer = ElasticOptimizer(groups, optimizer, ns_dtype, topology)
+        if topology.size("tp") > 1:
+            mark_sharded_parameters(model, specs)
+        if apart is not None and any(spec.group == "expert" for spec in specs):
+            register_expert_groups(topology)
+            mark_expert_parameters(model, specs, topology)
+        self.engine = _initialize(model, self.optimizer, ds_config, ModelParallelUnit(topology))
         self.micro_steps = ds_config["gradient_accumulation_steps"]
         self._done = 0
         self._losses_finite = True
@@ -114,19 +129,26 @@ class TrainingSession:
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """Average a small tensor over the data-parallel ranks."""
         value = value.clone()
-        if self.rank_info.world_size > 1:
-            dist.all_reduce(value)
-            value /= self.rank_info.world_size
+        if self.topology.size("dp") > 1:
+            dist.all_reduce(value, group=self.topology.group("dp"))
+            value /= self.topology.size("dp")
         return value
+
+    def any_rank(self, marks: list[bool]) -> list[bool]:
+        """Whether each mark is set on any rank of the job."""
+        flags = torch.tensor(marks, dtype=torch.float32, device=self.rank_info.device)
+        if self.rank_info.world_size > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return (flags > 0).tolist()
 
     @staticmethod
     def _plain_norm(grads: list[Tensor]) -> float:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item() if grads else 0.0
 
 
-def _initialize(model: nn.Module, optimizer: ElasticOptimizer, ds_config: dict[str, Any]):
+def _initialize(model: nn.Module, optimizer: ElasticOptimizer, ds_config: dict[str, Any], mpu: ModelParallelUnit):
     """DeepSpeed's engine; what it prints while it is made goes to this rank's log."""
     with contextlib.redirect_stdout(io.StringIO()) as chatter:
-        engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=ds_config)
+        engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
     logging.getLogger("megatron_adamba").info("DeepSpeed: %s", " | ".join(chatter.getvalue().split("\n")))
     return engine

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_adamba.checkpoint.canonical import WEIGHT_PREFIX
-from megatron_adamba.checkpoint.rectangles import Fragment
+from megatron_adamba.checkpoint.rectangles import Fragment, Placement, placement
 from megatron_adamba.checkpoint.training import held_names, load_fragments
 from megatron_adamba.engine.session import TrainingSession
 
@@ -36,25 +36,31 @@ def training_fragments(session: TrainingSession) -> dict[str, Fragment]:
     """`weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME` where the parameter trains."""
     _make_optimizer_state(session)
     fragments: dict[str, Fragment] = {}
+    places = _placements(session)
     for name, parameter in session.module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        place = places[name]
+        assert place.local_shape == tuple(getattr(parameter, "ds_shape", parameter.shape)), name
         if not parameter.requires_grad:
             flat, start = _frozen_piece(parameter)
-            fragments[WEIGHT_PREFIX + name] = Fragment(flat, start, shape)
+            fragments[WEIGHT_PREFIX + name] = Fragment(flat, start, place)
             continue
         piece = _trained_piece(session, parameter)
         empty = torch.empty(0)
         fragments[WEIGHT_PREFIX + name] = Fragment(
-            piece.of(piece.flat) if piece else empty, piece.start if piece else 0, shape
+            piece.of(piece.flat) if piece else empty, piece.start if piece else 0, place
         )
         for key in _state_keys(session, parameter):
             flat = piece.of(session.optimizer.state[piece.flat][key]) if piece else empty
-            fragments[f"{key}/{name}"] = Fragment(flat, piece.start if piece else 0, shape)
+            fragments[f"{key}/{name}"] = Fragment(flat, piece.start if piece else 0, place)
     return fragments
 
 
+def _placements(session: TrainingSession) -> dict[str, Placement]:
+    return {spec.name: placement(spec, *session.module.share_of(spec)) for spec in session.specs}
+
+
 def restore(session: TrainingSession, folder: Path, optimizer_steps: int) -> dict[str, list[str]]:
-    """Fill weights and optimizer state from a training checkpoint of the same layout.
+    """Fill weights and optimizer state from a training checkpoint of any layout.
 
     optimizer_steps: how often the optimizer has stepped. Returns what happened to optimizer state that does not match
     one to one: {"reset": [...], "dropped": [...]}.
@@ -107,7 +113,7 @@ def _trained_piece(session: TrainingSession, parameter: nn.Parameter) -> _Piece 
     optimizer = session.engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         group, low, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start = dist.get_rank(optimizer.dp_process_group) * size
+        start = dist.get_rank(parameter.ds_process_group) * size
         numel = min(size, parameter.ds_numel - start)
         return _Piece(optimizer.fp32_partitioned_groups_flat[group], low, numel, start) if numel > 0 else None
     if hasattr(parameter, "_hp_mapping"):
@@ -129,19 +135,25 @@ def _frozen_piece(parameter: nn.Parameter) -> tuple[Tensor, int]:
     return parameter.detach().view(-1), 0
 
 
-def own_fragments(fragments: dict[str, Fragment], module: nn.Module) -> dict[str, Fragment]:
-    """For saving: whole frozen tensors are written once, by rank 0."""
-    if dist.get_rank() == 0:
-        return fragments
-    whole = {
-        WEIGHT_PREFIX + name
-        for name, parameter in module.named_parameters()
-        if not parameter.requires_grad and not hasattr(parameter, "ds_tensor")
-    }
-    return {
-        name: Fragment(torch.empty(0, dtype=part.dtype), 0, part.shape) if name in whole else part
-        for name, part in fragments.items()
-    }
+def own_fragments(session: TrainingSession) -> dict[str, Fragment]:
+    """`training_fragments` for saving, where of several ranks that hold the same elements the first one writes them.
+
+    Shards and ZeRO's partitions are held once. What tensor parallelism leaves whole lies on all of its ranks, and
+    frozen weights that ZeRO does not partition on all data-parallel ranks.
+    """
+    topology, specs = session.topology, {spec.name: spec for spec in session.specs}
+    parameters = dict(session.module.named_parameters())
+    fragments = training_fragments(session)
+    for key, part in fragments.items():
+        name = key.partition("/")[2]
+        parameter = parameters[name]
+        partitioned = hasattr(parameter, "ds_tensor") or (parameter.requires_grad and session.stage > 0)
+        copied = specs[name].unit is None and topology.place("tp") > 0
+        replica = topology.place("edp" if specs[name].group == "expert" else "dp")
+        if copied or (not partitioned and replica > 0):
+            empty = torch.empty(0, dtype=part.dtype, device=part.device)
+            fragments[key] = Fragment(empty, 0, Placement(tuple(part.shape), tuple(part.shape)))
+    return fragments
 
 
 def _refresh_low_precision(session: TrainingSession) -> None:

@@ -15,6 +15,7 @@ from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.data.loader import to_micro_batch
 from megatron_adamba.data.packed import EvaluationBatches
 from megatron_adamba.elastic.plan import ElasticPlan
+from megatron_adamba.parallel.topology import Topology
 
 ForwardPolicy = Callable[[Tensor, Tensor, Tensor | None, ElasticPlan], Tensor]
 """(tokens, labels, seq_idx or None, plan), each [batch, seq], to losses in nats [batch, seq], 0 where unscored."""
@@ -40,13 +41,14 @@ def evaluate_plans(
     batches: EvaluationBatches,
     plans: Sequence[ElasticPlan],
     device: torch.device,
+    topology: Topology,
 ) -> list[EvaluationRow]:
-    """Score every token of `batches` under each plan, the batches dealt to the ranks round-robin.
+    """Score every token of `batches` under each plan, the batches dealt to the data-parallel ranks round-robin.
 
     Every rank makes the same number of calls, with nothing to score where it has run out of batches. All ranks return
     the same rows.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = topology.place("dp"), topology.size("dp")
     totals = torch.zeros(len(plans), dtype=torch.float64)
     seq_len = 1
     with torch.no_grad():
@@ -62,7 +64,7 @@ def evaluate_plans(
                 totals[index] += forward(tokens, labels, seq_idx, plan).sum(dtype=torch.float64).cpu()
     if ranks > 1:
         shared = totals.to(device)
-        dist.all_reduce(shared)
+        dist.all_reduce(shared, group=topology.group("dp"))
         totals = shared.cpu()
     return [_row(config, plan, total.item(), batches, seq_len) for plan, total in zip(plans, totals)]
 

@@ -43,7 +43,7 @@ def make_caches(model: AdambaModel, plan: ElasticPlan, batch: int, capacity: int
     for index, block in enumerate(model.blocks):
         if index >= plan.exit_layer:
             caches.append(None)
-        elif config.block_pattern[index] == "T":
+        elif config.block_pattern[index] in "TE":
             groups = model.rows[plan.widths[index]].kv_groups
             caches.append(KVCache(batch, capacity, groups, config.head_dim, weight.dtype, weight.device))
         else:

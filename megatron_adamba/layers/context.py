@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.ops.nested_linear import Accumulation
 
 
@@ -22,3 +23,7 @@ class ForwardContext:
     """per window size: [1 or batch, 1, seq, keys] bool, or None for plain causality"""
     seq_idx: Tensor | None
     """[batch, seq] int32 document numbers, None where each row is one document"""
+    length: int = 0
+    """tokens of the whole sequence, those left out that lengthen it to what ranks can share; E blocks read it"""
+    statistics: RouterStatistics = field(default_factory=RouterStatistics)
+    """what routers leave behind"""

@@ -6,60 +6,123 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_adamba.blueprint.manifest import vocab_unit
 from megatron_adamba.ops.linear_cross_entropy import linear_cross_entropy, softcap_, token_losses
 from megatron_adamba.ops.rms_norm import rms_norm
+from megatron_adamba.ops.vocab_parallel_cross_entropy import (
+    VocabularyShard,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_token_losses,
+)
+from megatron_adamba.parallel.layout import contiguous_rows
+from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
 
-def head_output(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float, reduction: str) -> Tensor:
-    """Logits [batch, seq, vocab] in fp32 without labels; with labels [batch, seq] their mean loss (reduction "mean"),
-    or each position's loss [batch, seq] without gradient (reduction "none"), in nats. x: [batch, seq, hidden_size]."""
-    if labels is None:
-        logits = F.linear(x, weight)
-        return softcap_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
-    if reduction == "none":
-        return token_losses(x.flatten(0, 1), weight, labels.flatten(), softcap).view(labels.shape)
-    return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), softcap)
+class Vocabulary:
+    """The rows of a vocabulary that this rank holds."""
+
+    def __init__(self, vocab_size: int, tp: TensorParallel) -> None:
+        self.tp, self.size = tp, vocab_size
+        self.first, end = contiguous_rows(vocab_size, vocab_unit(vocab_size), tp.size, tp.rank)
+        self.rows = end - self.first
+
+    def look_up(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """weight[tokens], [batch, seq, hidden_size] in the form of the residual stream. tokens: [batch, seq]."""
+        if self.tp.size == 1:
+            return F.embedding(tokens, weight)
+        place = tokens - self.first
+        elsewhere = (place < 0) | (place >= self.rows)
+        x = F.embedding(place.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self.tp.reduce_output(x)
+
+    def head_output(self, x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float, reduction: str) -> Tensor:
+        """Logits [batch, seq, vocab] in fp32 without labels; with labels [batch, seq] their mean loss (reduction
+        "mean"), or each position's loss [batch, seq] without gradient (reduction "none"), in nats.
+
+        x: [batch, seq, hidden_size] in the form of the residual stream. Only the first of the three ever holds the
+        logits of a whole vocabulary; under tensor parallelism it has no gradient.
+        """
+        if labels is None:
+            logits = self._logits(x, weight)
+            return softcap_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+        if self.tp.size > 1:
+            shard = VocabularyShard(self.size, self.first, self.tp)
+            losses = vocab_parallel_token_losses if reduction == "none" else vocab_parallel_cross_entropy
+            return losses(x, weight, labels, softcap, shard)
+        if reduction == "none":
+            return token_losses(x.flatten(0, 1), weight, labels.flatten(), softcap).view(labels.shape)
+        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), softcap)
+
+    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, weight)
+        with torch.no_grad():
+            x = self.tp.gather(x)
+            largest = -(-self.size // self.tp.size) + vocab_unit(self.size)
+            own = F.linear(x, F.pad(weight, (0, 0, 0, largest - self.rows)))
+            parts = self.tp.gather_parts(own)
+            bounds = [contiguous_rows(self.size, vocab_unit(self.size), self.tp.size, r) for r in range(self.tp.size)]
+            return torch.cat([part[..., : end - first] for part, (first, end) in zip(parts, bounds)], dim=-1)
 
 
 class TokenEmbedding(nn.Module):
     """Look-up table `weight` [vocab_size, hidden_size], optionally followed by a weightless RMSNorm."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float | None, device=None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        norm_eps: float | None,
+        tp: TensorParallel = ALONE,
+        device=None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device))
+        self.vocabulary = Vocabulary(vocab_size, tp)
+        self.weight = nn.Parameter(torch.empty(self.vocabulary.rows, hidden_size, device=device))
         self.norm_eps = norm_eps
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [batch, seq] int64; returns [batch, seq, hidden_size]."""
-        x = F.embedding(tokens, self.weight)
+        """tokens: [batch, seq] int64; returns [batch, seq, hidden_size] in the form of the residual stream."""
+        x = self.vocabulary.look_up(tokens, self.weight)
         return x if self.norm_eps is None else rms_norm(x, None, x.shape[-1], self.norm_eps)
 
 
 class Head(nn.Module):
     """Logits and losses from a matrix of its own, `weight` [vocab_size, hidden_size]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, softcap: float, device=None) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, softcap: float, tp: TensorParallel = ALONE, device=None
+    ) -> None:
         super().__init__()
+        self.vocabulary = Vocabulary(vocab_size, tp)
         self.softcap = softcap
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device))
+        self.weight = nn.Parameter(torch.empty(self.vocabulary.rows, hidden_size, device=device))
 
     def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """See `head_output`."""
-        return head_output(x, self.weight, labels, self.softcap, reduction)
+        """See `Vocabulary.head_output`."""
+        return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction)
 
 
 class TiedEmbedding(TokenEmbedding):
     """One matrix for both ends. Called with `as_head` it is the head, so that whoever gathers a module's parameters
     around its call gathers this one at both ends."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, norm_eps: float | None, softcap: float, device=None) -> None:
-        super().__init__(vocab_size, hidden_size, norm_eps, device)
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        norm_eps: float | None,
+        softcap: float,
+        tp: TensorParallel = ALONE,
+        device=None,
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, norm_eps, tp, device)
         self.softcap = softcap
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", as_head: bool = False
     ) -> Tensor:
-        """tokens [batch, seq] to [batch, seq, hidden_size], or as the head: see `head_output`."""
+        """tokens [batch, seq] to [batch, seq, hidden_size], or as the head: see `Vocabulary.head_output`."""
         if as_head:
-            return head_output(x, self.weight, labels, self.softcap, reduction)
+            return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction)
         return super().forward(x)

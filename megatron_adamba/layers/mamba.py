@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_adamba.layers.linear import Projection
 from megatron_adamba.ops import dispatch
 from megatron_adamba.ops.cpu_linear import linear
 from megatron_adamba.ops.gated_norm import gated_rms_norm
+from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
 
 @dataclass
@@ -26,7 +28,7 @@ class MambaState:
     ssm_state: Tensor
 
 
-class _Projection(nn.Linear):
+class _BiasedProjection(nn.Linear):
     """nn.Linear whose parameters stay as allocated until they are filled from outside."""
 
     def reset_parameters(self) -> None:
@@ -84,6 +86,7 @@ class Mamba2Mixer(nn.Module):
     [1e-3, 1e-1]; D and norm.weight one; the projections and the convolution like any linear layer.
 
     num_heads defaults to expand * hidden_size / head_dim; a tensor-parallel rank passes its own num_heads, num_groups.
+    x and the result have the form of the residual stream (`TensorParallel`); in between the sequence is whole.
     Raises ValueError where the sizes do not fit together.
     """
 
@@ -98,8 +101,8 @@ class Mamba2Mixer(nn.Module):
         num_groups: int = 1,
         chunk_size: int = 128,
         norm_eps: float = 1e-5,
-        bias: bool = False,
         conv_bias: bool = True,
+        tp: TensorParallel = ALONE,
         device=None,
         dtype=None,
     ):
@@ -113,15 +116,16 @@ class Mamba2Mixer(nn.Module):
         self.hidden_size, self.d_state, self.d_conv, self.head_dim = hidden_size, d_state, d_conv, head_dim
         self.num_heads, self.num_groups, self.chunk_size = num_heads, num_groups, chunk_size
         self.d_inner = num_heads * head_dim
+        self.tp = tp
         self.conv_channels = self.d_inner + 2 * num_groups * d_state
         kind = {"device": device, "dtype": dtype}
-        self.in_proj = _Projection(hidden_size, self.d_inner + self.conv_channels + num_heads, bias=bias, **kind)
+        self.in_proj = Projection(hidden_size, self.d_inner + self.conv_channels + num_heads, **kind)
         self.conv1d = CausalConv1d(self.conv_channels, d_conv, conv_bias, **kind)
         self.dt_bias = nn.Parameter(torch.empty(num_heads, **kind))
         self.A_log = nn.Parameter(torch.empty(num_heads, **kind))
         self.D = nn.Parameter(torch.empty(num_heads, **kind))
         self.norm = GatedRMSNorm(self.d_inner, self.d_inner // num_groups, norm_eps, **kind)
-        self.out_proj = _Projection(self.d_inner, hidden_size, bias=bias, **kind)
+        self.out_proj = Projection(self.d_inner, hidden_size, **kind)
 
     def new_state(self, batch: int, device=None) -> MambaState:
         """A cache before the first token: zeros in float32."""
@@ -136,15 +140,14 @@ class Mamba2Mixer(nn.Module):
         seq_idx [batch, seq], never decreasing, numbers packed documents: nothing passes from one to the next. With a
         cache the sequence goes on where the cache stands, and the cache moves on; no gradient flows through it.
         """
-        batch, seq, _ = x.shape
-        z, xBC, dt = self.in_proj(x).split([self.d_inner, self.conv_channels, self.num_heads], dim=-1)
+        z, xBC, dt = self.in_proj(x, self.tp.exchange).split([self.d_inner, self.conv_channels, self.num_heads], dim=-1)
         xBC = self.conv1d(xBC, seq_idx, cache)
         bc = self.num_groups * self.d_state
         u, B, C = xBC.split([self.d_inner, bc, bc], dim=-1)
         u = u.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (t.unflatten(-1, (self.num_groups, self.d_state)) for t in (B, C))
         y = self._scan(u, dt, B, C, seq_idx, cache)
-        return self.out_proj(self.norm(y.view(batch, seq, self.d_inner), z))
+        return self.tp.reduce_output(self.out_proj(self.norm(y.flatten(2), z)))
 
     def _scan(self, u, dt, B, C, seq_idx, cache) -> Tensor:
         A = -self.A_log.float().exp()
@@ -177,7 +180,8 @@ class Mamba1Mixer(nn.Module):
     softplus of a log-uniform dt in [1e-3, 1e-1]; dt_proj.weight uniform within dt_rank^-0.5; the rest like any linear
     layer.
 
-    dt_rank defaults to ceil(hidden_size / 16).
+    dt_rank defaults to ceil(hidden_size / 16); a tensor-parallel rank passes its own d_inner, and its
+    parts of dt, B and C are summed over the ranks.
     """
 
     def __init__(
@@ -187,23 +191,25 @@ class Mamba1Mixer(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
-        bias: bool = False,
+        d_inner: int | None = None,
         conv_bias: bool = True,
+        tp: TensorParallel = ALONE,
         device=None,
         dtype=None,
     ):
         super().__init__()
         self.hidden_size, self.d_state, self.d_conv = hidden_size, d_state, d_conv
-        self.d_inner = expand * hidden_size
+        self.d_inner = expand * hidden_size if d_inner is None else d_inner
+        self.tp = tp
         self.dt_rank = -(-hidden_size // 16) if dt_rank is None else dt_rank
         kind = {"device": device, "dtype": dtype}
-        self.in_proj = _Projection(hidden_size, 2 * self.d_inner, bias=bias, **kind)
+        self.in_proj = Projection(hidden_size, 2 * self.d_inner, **kind)
         self.conv1d = CausalConv1d(self.d_inner, d_conv, conv_bias, **kind)
-        self.x_proj = _Projection(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **kind)
-        self.dt_proj = _Projection(self.dt_rank, self.d_inner, bias=True, **kind)
+        self.x_proj = Projection(self.d_inner, self.dt_rank + 2 * d_state, **kind)
+        self.dt_proj = _BiasedProjection(self.dt_rank, self.d_inner, bias=True, **kind)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **kind))
         self.D = nn.Parameter(torch.empty(self.d_inner, **kind))
-        self.out_proj = _Projection(self.d_inner, hidden_size, bias=bias, **kind)
+        self.out_proj = Projection(self.d_inner, hidden_size, **kind)
 
     def new_state(self, batch: int, device=None) -> MambaState:
         """A cache before the first token: zeros in float32."""
@@ -214,11 +220,11 @@ class Mamba1Mixer(nn.Module):
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, cache: MambaState | None = None) -> Tensor:
         """Like `Mamba2Mixer.forward`."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = self.in_proj(x, self.tp.exchange).chunk(2, dim=-1)
         u = self.conv1d(u, seq_idx, cache)
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = self.tp.reduce_shared(self.x_proj(u)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = self._scan(u, self.dt_proj(dt), B, C, z, seq_idx, cache)
-        return self.out_proj(y)
+        return self.tp.reduce_output(self.out_proj(y))
 
     def _scan(self, u, delta, B, C, z, seq_idx, cache) -> Tensor:
         A = -self.A_log.float().exp()

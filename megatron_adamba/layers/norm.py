@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_adamba.ops.rms_norm import rms_norm
+from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
 
 class NestedNorm(nn.Module):
@@ -18,9 +19,16 @@ class NestedNorm(nn.Module):
     """
 
     def __init__(
-        self, widths: Sequence[int], norm_sizes: Sequence[int], eps: float, has_weight: bool, device=None
+        self,
+        widths: Sequence[int],
+        norm_sizes: Sequence[int],
+        eps: float,
+        has_weight: bool,
+        tp: TensorParallel = ALONE,
+        device=None,
     ) -> None:
         super().__init__()
+        self.tp = tp
         self.rows = {width: (index, size) for index, (width, size) in enumerate(zip(widths, norm_sizes))}
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(widths[-1], device=device)) if has_weight else None
@@ -31,9 +39,10 @@ class NestedNorm(nn.Module):
         width = x.shape[-1]
         index, norm_size = self.rows[width]
         high = torch.promote_types(self.gain.dtype, torch.float32)
-        gain = self.gain[index].to(high)
-        if self.weight is None:
-            scale = gain.expand(width)
-        else:
-            scale = self.weight[:width].to(high) * gain
-        return rms_norm(x, scale, norm_size, self.eps)
+        scale = self.gain[index].to(high)
+        if self.weight is not None:
+            scale = self.weight[:width].to(high) * scale
+        if x.numel():
+            # of no tokens the gradient is zero on every rank
+            scale = self.tp.sum_partial_gradient(scale)
+        return rms_norm(x, scale.expand(width), norm_size, self.eps)

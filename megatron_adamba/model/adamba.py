@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_adamba.blueprint.manifest import manifest
+from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import attention_windows
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan
@@ -14,43 +16,66 @@ from megatron_adamba.layers.block import build_block, static_norm
 from megatron_adamba.layers.cache import KVCache
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.embedding import Head, TiedEmbedding, TokenEmbedding
+from megatron_adamba.layers.moe.layer import MoE
+from megatron_adamba.layers.moe.statistics import RouterStatistics
+from megatron_adamba.layers.rope import yarn_of
 from megatron_adamba.model.init import initial_tensor
 from megatron_adamba.ops.attention import attention_mask, segment_positions
+from megatron_adamba.ops.linear_cross_entropy import IGNORED
 from megatron_adamba.ops.nested_linear import Accumulation
 from megatron_adamba.ops.rotary import rotary_table
+from megatron_adamba.parallel.expert import ALL_EXPERTS, ExpertParallel
+from megatron_adamba.parallel.layout import cut
+from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
 
 class AdambaModel(nn.Module):
     """An elastic hybrid language model. `config` is resolved (`blueprint.resolve`).
 
-    Parameters are uninitialised until `initialize` or a checkpoint fills them.
+    Parameters are uninitialised until `initialize` or a checkpoint fills them. tp: the ranks that share each layer, ep:
+    the ranks that share out experts; parameters are then this rank's shards. moe_layer: what to build mixtures of
+    experts from.
     """
 
-    def __init__(self, config: ModelConfig, device=None, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device=None,
+        activation_checkpointing: bool = False,
+        tp: TensorParallel = ALONE,
+        ep: ExpertParallel = ALL_EXPERTS,
+        moe_layer: type[MoE] = MoE,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.tp, self.ep = config, tp, ep
         self.activation_checkpointing = activation_checkpointing
         self.rows = {row.width: row for row in config.nest}
         self.windows = attention_windows(config)
         embedding_eps = config.norm_eps if config.embedding_norm else None
         ends = (config.vocab_size, config.hidden_size)
         if config.tie_embeddings:
-            self.embedding = TiedEmbedding(*ends, embedding_eps, config.logit_softcap, device)
+            self.embedding = TiedEmbedding(*ends, embedding_eps, config.logit_softcap, tp, device)
         else:
-            self.embedding = TokenEmbedding(*ends, embedding_eps, device)
+            self.embedding = TokenEmbedding(*ends, embedding_eps, tp, device)
         self.blocks = nn.ModuleList(
-            build_block(config, index, self.windows[index], device) for index in range(config.num_layers)
+            build_block(config, index, self.windows[index], tp, ep, moe_layer, device)
+            for index in range(config.num_layers)
         )
-        self.final_norm = static_norm(config, device)
-        self.head = None if config.tie_embeddings else Head(*ends, config.logit_softcap, device)
+        self.final_norm = static_norm(config, tp, device)
+        self.head = None if config.tie_embeddings else Head(*ends, config.logit_softcap, tp, device)
 
     def initialize(self, seed: int) -> AdambaModel:
-        """Fill every parameter from (seed, its canonical name). Returns self."""
+        """Fill every parameter from (seed, its canonical name), whatever the layout. Returns self."""
         parameters = dict(self.named_parameters())
         with torch.no_grad():
             for spec in manifest(self.config):
-                parameters[spec.name].copy_(initial_tensor(spec, seed))
+                parameters[spec.name].copy_(cut(spec, initial_tensor(spec, seed), *self.share_of(spec)))
         return self
+
+    def share_of(self, spec: ParamSpec) -> tuple[int, int]:
+        """How many ranks a parameter is cut into, and which part is this rank's."""
+        ranks = self.ep if spec.unit == "expert" else self.tp
+        return ranks.size, ranks.rank
 
     def forward(
         self,
@@ -61,17 +86,22 @@ class AdambaModel(nn.Module):
         accumulation: Accumulation = Accumulation.DIRECT,
         all_take_part: bool = True,
         reduction: str = "mean",
+        statistics: RouterStatistics | None = None,
     ) -> Tensor:
         """Mean loss in nats (scalar), or logits [batch, seq, vocab] in fp32 where no labels are given.
 
         tokens, labels: [batch, seq] int64, label -100 unscored; seq_idx: [batch, seq] int32 document numbers or None;
         plan: None is full width to the last layer; all_take_part: blocks above the exit run on zero tokens, so that
-        their parameters have a gradient of zero; reduction "none" gives each position's loss, [batch, seq], without
+        their parameters have a gradient of zero; statistics: filled by the routers, whose auxiliary losses are part of
+        the mean loss; reduction "none" gives each position's loss, [batch, seq], without
         gradient.
         """
         plan = plan or full_plan(self.config)
-        x = self.hidden_states(tokens, seq_idx, plan, accumulation, all_take_part)
-        return self._head(x, labels, reduction)
+        length = tokens.shape[1]
+        statistics = RouterStatistics() if statistics is None else statistics
+        x = self.hidden_states(tokens, seq_idx, plan, accumulation, all_take_part, statistics)
+        out = self._head(x, self.tp.pad_sequence(labels, IGNORED), reduction)
+        return out[:, :length] if out.dim() > 1 else out + statistics.total()
 
     def _head(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
         if self.head is None:
@@ -85,9 +115,17 @@ class AdambaModel(nn.Module):
         plan: ElasticPlan,
         accumulation: Accumulation = Accumulation.DIRECT,
         all_take_part: bool = False,
+        statistics: RouterStatistics | None = None,
     ) -> Tensor:
-        """Normed residual behind the plan's exit layer, [batch, seq, hidden_size]."""
-        context = self.make_context(tokens.shape[1], 0, tokens.device, seq_idx, accumulation)
+        """Normed residual behind the plan's exit layer, [batch, seq, hidden_size] in the form of the residual stream.
+
+        Under sequence parallelism the sequence is lengthened to what the ranks can share; causality keeps what is
+        added out of what was there.
+        """
+        length = tokens.shape[1]
+        tokens = self.tp.pad_sequence(tokens, 0)
+        seq_idx = self.tp.pad_sequence(seq_idx, 2**31 - 1)
+        context = self.make_context(tokens.shape[1], 0, tokens.device, seq_idx, accumulation, length, statistics)
         x = self.embedding(tokens)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
@@ -114,20 +152,28 @@ class AdambaModel(nn.Module):
         return self._head(self.final_norm(x[:, -1:]))[:, 0]
 
     def make_context(
-        self, length: int, start: int, device, seq_idx: Tensor | None, accumulation: Accumulation
+        self,
+        length: int,
+        start: int,
+        device,
+        seq_idx: Tensor | None,
+        accumulation: Accumulation,
+        unpadded: int | None = None,
+        statistics: RouterStatistics | None = None,
     ) -> ForwardContext:
         """Rotary tables and masks of positions start .. start + length - 1 over all positions up to there."""
         config = self.config
         positions = segment_positions(length, start, device)
         keys = segment_positions(start + length, 0, device)
-        cos, sin = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_sign)
-        windows = {window for window, letter in zip(self.windows, config.block_pattern) if letter == "T"}
+        cos, sin = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_sign, yarn_of(config))
+        windows = {window for window, letter in zip(self.windows, config.block_pattern) if letter in "TE"}
         masks = {window: attention_mask(positions, keys, window, seq_idx) for window in windows}
-        return ForwardContext(accumulation=accumulation, cos=cos, sin=sin, masks=masks, seq_idx=seq_idx)
+        statistics = RouterStatistics() if statistics is None else statistics
+        return ForwardContext(accumulation, cos, sin, masks, seq_idx, unpadded or length, statistics)
 
     @staticmethod
     def _empty(context: ForwardContext) -> ForwardContext:
         """The context of a pass over zero tokens."""
         seq_idx = None if context.seq_idx is None else context.seq_idx[:0]
         masks = dict.fromkeys(context.masks)
-        return ForwardContext(context.accumulation, context.cos, context.sin, masks, seq_idx)
+        return replace(context, masks=masks, seq_idx=seq_idx, statistics=RouterStatistics())

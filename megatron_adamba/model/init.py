@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ def name_generator(seed: int, name: str) -> torch.Generator:
 
 
 def initial_tensor(spec: ParamSpec, seed: int) -> Tensor:
-    """The whole canonical tensor in fp32."""
+    """The whole canonical tensor in fp32; each expert is drawn from a generator of its own."""
+    if spec.unit == "expert":
+        one = replace(spec, shape=spec.shape[1:], unit=None)
+        return torch.stack([initial_tensor(replace(one, name=f"{spec.name}/{e}"), seed) for e in range(spec.shape[0])])
     generator = name_generator(seed, spec.name)
     shape = spec.shape
     if spec.init == "ones":

@@ -17,6 +17,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, slope: float) -> Tensor:
+    """g * sigmoid(slope * g) * (u + 1) with g = min(gate, limit), u = clamp(up, -limit, limit), elementwise; the
+    experts of GPT-OSS (its model card, section 2.2). limit 0 clamps nothing."""
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(slope * gate) * (up + 1)
+
+
 class _ReluSquared(torch.autograd.Function):
     """Keeps max(x, 0) only: its sign is the mask and itself the factor of the gradient."""
 

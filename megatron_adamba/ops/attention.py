@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_adamba.ops.causal_attention import blocks_serve, causal_attention
+from megatron_adamba.ops.sink_attention import sink_attention
 
 
 def attention_mask(
@@ -31,16 +32,19 @@ def attention_mask(
     return allowed
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T) v, with each KV head serving a group of query heads.
 
     q: [batch, q, heads, head_dim]; k, v: [batch, k, kv_heads, head_dim]; mask as `attention_mask` makes it, None for
-    causal. Returns [batch, q, heads * head_dim].
+    causal; sinks: [heads], see `sink_attention`. Returns [batch, q, heads * head_dim].
     """
     batch, queries, heads, head_dim = q.shape
-    if batch == 0 or queries == 0:
-        # the fused kernel refuses empty batches, and an idle layer must still hand zero gradients back
-        return (q + (k.sum() + v.sum())).flatten(2)
+    if q.numel() == 0:
+        # kernels refuse empty batches and no heads, and an idle layer must still hand zero gradients back
+        idle = k.sum() + v.sum() if sinks is None else k.sum() + v.sum() + 0 * sinks.sum()
+        return (q + idle).flatten(2)
+    if sinks is not None:
+        return sink_attention(q, k, v, sinks, mask, scale)
     if mask is None and blocks_serve(q, k):
         return causal_attention(q, k, v, scale)
     out = F.scaled_dot_product_attention(

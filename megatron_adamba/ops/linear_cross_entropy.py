@@ -28,7 +28,7 @@ def linear_cross_entropy(
     forward pass, while its logits are at hand; only gradients of the size of `hidden` and `weight` stay.
     chunk_tokens: positions of one chunk; None takes what keeps its logits to 16M numbers.
     """
-    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
+    chunk_tokens = chunk_tokens or chunk_size(weight.shape[0])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk_tokens)
     total = token_losses(hidden, weight, labels, softcap, chunk_tokens).sum()
@@ -39,7 +39,7 @@ def token_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float = 0.0, chunk_tokens: int | None = None
 ) -> Tensor:
     """Cross entropy of each position, [tokens], zero where the label is IGNORED. No gradient."""
-    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
+    chunk_tokens = chunk_tokens or chunk_size(weight.shape[0])
     with torch.no_grad():
         parts = [
             _chunk_losses(hidden[i : i + chunk_tokens], weight, labels[i : i + chunk_tokens], softcap)[0]
@@ -49,12 +49,12 @@ def token_losses(
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=dtype)
 
 
-def _chunk_tokens(weight: Tensor) -> int:
-    """As few chunks as memory allows, but none so short that its matmul is slow: weight is [vocab, hidden_size]."""
-    return min(max(_CHUNK_ELEMENTS // weight.shape[0], 256), 4096)
+def chunk_size(vocab_size: int) -> int:
+    """Tokens of one chunk: as few chunks as memory allows, but none so short that its matmul is slow."""
+    return min(max(_CHUNK_ELEMENTS // vocab_size, 256), 4096)
 
 
-def _row_blocks(tokens: int, vocab: int, device: torch.device) -> range:
+def row_blocks(tokens: int, vocab: int, device: torch.device) -> range:
     """Starts of the blocks of rows that are worked through one after the other; on a CPU they stay in its cache."""
     rows = tokens if device.type != "cpu" else max(1, _BLOCK_ELEMENTS // vocab)
     return range(0, tokens, max(rows, 1))
@@ -69,7 +69,7 @@ def _chunk_losses(
     """
     logits = hidden @ weight.t()
     losses = torch.empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    blocks = _row_blocks(*logits.shape, logits.device)
+    blocks = row_blocks(*logits.shape, logits.device)
     for start in blocks:
         rows = slice(start, start + blocks.step)
         losses[rows] = _block_losses(logits[rows], labels[rows], softcap, grad_scale)
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_scale = (labels != IGNORED).sum().clamp(min=1).to(high).reciprocal()
         total = hidden.new_zeros((), dtype=high)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = _WeightGradient(weight, hidden.shape[0] <= chunk_tokens) if ctx.needs_input_grad[1] else None
+        grad_weight = WeightGradient(weight, hidden.shape[0] <= chunk_tokens) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             losses, grad_logits = _chunk_losses(hidden[part], weight, labels[part], softcap, grad_scale)
@@ -129,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-class _WeightGradient:
+class WeightGradient:
     """Sum over chunks of grad_logits^T hidden, in fp32 or better where there is more than one."""
 
     def __init__(self, weight: Tensor, single: bool) -> None:

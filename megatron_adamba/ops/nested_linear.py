@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_adamba.ops.cpu_linear import product, product_served
+from megatron_adamba.ops.exchange import InputExchange
 
 
 class Accumulation(Enum):
@@ -59,11 +60,17 @@ def nested_linears(
     cols: int,
     sinks: Sequence[GradientSink],
     accumulation: Accumulation,
+    exchange: InputExchange | None = None,
+    add_bias: bool = True,
 ) -> tuple[Tensor, ...]:
     """y_i = x @ weights[i][:rows[i], :cols]^T + biases[i][:rows[i]], for several weights that read the same input.
 
     x: [..., cols]; weights[i]: [>= rows[i], >= cols]; returns [..., rows[i]] each, in x's dtype.
     sinks: one per weight, then one per bias. Outside the slices gradients are exactly zero.
+    exchange: where other ranks hold further rows of the same maps. x is then what this rank holds of the input, and the
+    sum of its gradient travels while the gradients of the weights are computed.
+    add_bias: False leaves the biases out of y though their gradients are computed: of ranks whose y are summed up,
+    one adds them.
     """
     parameters = [*weights, *(biases or ())]
     trained = tuple(parameter.requires_grad for parameter in parameters)
@@ -71,18 +78,19 @@ def nested_linears(
         parameters = [parameter.detach() for parameter in parameters]
     # without any other input that needs a gradient, backward would not be called at all
     anchor = x.new_empty(0).requires_grad_() if any(trained) and torch.is_grad_enabled() else None
-    call = _Call(len(weights), tuple(rows), cols, tuple(sinks), accumulation, trained)
+    call = _Call(len(weights), tuple(rows), cols, tuple(sinks), accumulation, trained, exchange, add_bias)
     return _NestedLinears.apply(x, anchor, call, *parameters)
 
 
 class _Call:
     """The parts of a call that are not tensors."""
 
-    __slots__ = ("accumulation", "cols", "num_weights", "rows", "sinks", "trained")
+    __slots__ = ("accumulation", "add_bias", "cols", "exchange", "num_weights", "rows", "sinks", "trained")
 
-    def __init__(self, num_weights, rows, cols, sinks, accumulation, trained) -> None:
+    def __init__(self, num_weights, rows, cols, sinks, accumulation, trained, exchange, add_bias) -> None:
         self.num_weights, self.rows, self.cols = num_weights, rows, cols
         self.sinks, self.accumulation, self.trained = sinks, accumulation, trained
+        self.exchange, self.add_bias = exchange, add_bias
 
 
 class _NestedLinears(torch.autograd.Function):
@@ -91,33 +99,53 @@ class _NestedLinears(torch.autograd.Function):
         n = call.num_weights
         ctx.call = call
         ctx.save_for_backward(x, *parameters)
+        if call.exchange is not None:
+            x = call.exchange.gather(x)
         outputs = []
         for i, rows in enumerate(call.rows):
-            bias = parameters[n + i][:rows] if len(parameters) > n else None
+            bias = parameters[n + i][:rows] if len(parameters) > n and call.add_bias else None
             outputs.append(_linear(x, parameters[i][:rows, : call.cols], bias))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         x, *parameters = ctx.saved_tensors
-        call = ctx.call
-        n, cols = call.num_weights, call.cols
-        x2 = x.flatten(0, -2)
-        grad_x = None
-        grad_parameters: list[Tensor | None] = [None] * len(parameters)
-        for i, rows in enumerate(call.rows):
-            g2 = grads[i].flatten(0, -2)
-            if ctx.needs_input_grad[0]:
-                weight = parameters[i][:rows, :cols]
-                grad_x = _add_product(grad_x, g2, weight)
-            if call.trained[i]:
-                index = (slice(0, rows), slice(0, cols))
-                grad_parameters[i] = _weight_gradient(call, i, parameters[i], index, g2, x2)
-            if len(parameters) > n and call.trained[n + i]:
-                grad_parameters[n + i] = _bias_gradient(call, n + i, parameters[n + i], rows, g2)
+        call, exchange = ctx.call, ctx.call.exchange
+        grads2 = [grad.flatten(0, -2) for grad in grads]
+        whole = None
+        if exchange is not None and any(call.trained[: call.num_weights]):
+            whole = exchange.start_gather(x)
+        grad_x = _input_gradient(call, parameters, grads2) if ctx.needs_input_grad[0] else None
+        reduced = None
         if grad_x is not None:
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view(*grads[0].shape[:-1], call.cols)
+            reduced = None if exchange is None else exchange.start_reduce(grad_x)
+        x2 = (x if whole is None else whole.wait()).flatten(0, -2)
+        grad_parameters = _parameter_gradients(call, parameters, grads2, x2)
+        if reduced is not None:
+            grad_x = reduced.wait()
         return grad_x, None, None, *grad_parameters
+
+
+def _input_gradient(call: _Call, parameters: list[Tensor], grads2: list[Tensor]) -> Tensor:
+    grad_x = None
+    for weight, rows, g2 in zip(parameters, call.rows, grads2):
+        grad_x = _add_product(grad_x, g2, weight[:rows, : call.cols])
+    return grad_x
+
+
+def _parameter_gradients(
+    call: _Call, parameters: list[Tensor], grads2: list[Tensor], x2: Tensor
+) -> list[Tensor | None]:
+    n = call.num_weights
+    grad_parameters: list[Tensor | None] = [None] * len(parameters)
+    for i, (rows, g2) in enumerate(zip(call.rows, grads2)):
+        if call.trained[i]:
+            index = (slice(0, rows), slice(0, call.cols))
+            grad_parameters[i] = _weight_gradient(call, i, parameters[i], index, g2, x2)
+        if len(parameters) > n and call.trained[n + i]:
+            grad_parameters[n + i] = _bias_gradient(call, n + i, parameters[n + i], rows, g2)
+    return grad_parameters
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron_adamba.ops.rms_norm import inverse_rms
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, sign: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/head_dim), each [seq, head_dim / 2] in fp32.
+@dataclass(frozen=True)
+class Yarn:
+    """Frequencies for contexts `factor` times longer than the one they were made for (arXiv 2309.00071, section 3)."""
 
-    positions: [seq]; sign: 1 rotates by +angle, -1 by -angle.
+    factor: float
+    original_context: int
+    beta_fast: float
+    beta_slow: float
+
+    def frequencies(self, plain: Tensor, theta: float) -> Tensor:
+        """Those with more than beta_fast turns in the original context stay, those with fewer than beta_slow are
+        divided by the factor, those between are blended linearly in their index; the bounds are not rounded."""
+        count = plain.shape[0]
+        place = lambda turns: count * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(theta)
+        low, high = max(place(self.beta_fast), 0), min(place(self.beta_slow), 2 * count - 1)
+        index = torch.arange(count, dtype=plain.dtype, device=plain.device)
+        ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+        return plain / self.factor * ramp + plain * (1 - ramp)
+
+    @property
+    def concentration(self) -> float:
+        """Factor on queries and on keys: attention scores grow by its square."""
+        return 0.1 * math.log(self.factor) + 1
+
+
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, sign: int, yarn: Yarn | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/head_dim), each [seq, head_dim / 2] in fp32; yarn changes the frequencies.
+
+    positions: [seq]; sign: 1 rotates by +angle, -1 by -angle. YaRN's concentration is not in it.
     """
     index = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angle = torch.outer(positions.float(), theta ** (-index / head_dim))
+    frequencies = theta ** (-index / head_dim)
+    if yarn is not None:
+        frequencies = yarn.frequencies(frequencies, theta)
+    angle = torch.outer(positions.float(), frequencies)
     return angle.cos(), angle.sin() * sign
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_adamba.checkpoint.background import BackgroundSaver
 from megatron_adamba.checkpoint.canonical import canonical_from_training
 from megatron_adamba.checkpoint.training import (
     latest_checkpoint,
     read_state,
-    save_training_checkpoint,
     together,
     verify_files,
 )
-from megatron_adamba.engine.state import own_fragments, restore, training_fragments
+from megatron_adamba.engine.state import own_fragments, restore
 from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.training.run import Run
 
@@ -24,14 +24,14 @@ def checkpoint_root(run: Run) -> Path:
     return run.run_dir / "checkpoints"
 
 
-def save(run: Run, counters: dict[str, Any]) -> Path:
-    """counters: the trainer's own JSON values, `step` among them."""
-    fragments = own_fragments(training_fragments(run.session), run.session.module)
+def start_saving(run: Run, saver: BackgroundSaver, counters: dict[str, Any]) -> None:
+    """Training may go on when this returns. counters: the trainer's own JSON values, `step` among them."""
+    fragments = own_fragments(run.session)
     config = run.plan.config.to_dict()
     config["tokenizer_hash"] = run.plan.tokenizer.hash
-    state = {"counters": counters, "config": config}
+    state = {"counters": dict(counters), "config": config}
     keep = run.plan.config.checkpoint.keep_last
-    return save_training_checkpoint(checkpoint_root(run), counters["step"], fragments, state, keep)
+    saver.start(checkpoint_root(run), counters["step"], fragments, state, keep)
 
 
 def find_resume(run: Run) -> Path | None:

@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from torch import nn
 
 from megatron_adamba.blueprint.manifest import GROUPS, ParamSpec
+from megatron_adamba.blueprint.phases import frozen_specs
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.errors import ConfigError
 
 
-def freeze_groups(module: nn.Module, specs: Sequence[ParamSpec], groups: Sequence[str]) -> int:
-    """Turn gradients off for whole groups of the manifest; returns how many elements are frozen.
+def freeze_groups(
+    module: nn.Module, specs: Sequence[ParamSpec], groups: Sequence[str], phase: int | None = None
+) -> int:
+    """Turn gradients off for groups of the manifest and for what a phase leaves alone; returns the elements frozen.
 
     Raises ConfigError for an unknown group and when nothing would be left to train.
     """
     for group in groups:
         one_of("--train.freeze", group, GROUPS)
     parameters = dict(module.named_parameters())
-    frozen = [spec for spec in specs if spec.group in groups]
+    frozen = frozen_specs(specs, groups, phase)
+    if len(frozen) == len(specs) and phase is not None:
+        raise ConfigError(
+            f"--train.phase {phase}: trains Mamba layers, and this model has none that --train.freeze leaves; "
+            f"add M blocks to --model.block_pattern"
+        )
     if len(frozen) == len(specs):
         raise ConfigError(f"--train.freeze {','.join(groups)}: leaves nothing to train; take one group out")
     for spec in frozen:

@@ -14,6 +14,7 @@ from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.evaluation.widths import EvaluationRow
 from megatron_adamba.ops.dispatch import available_kernels
+from megatron_adamba.parallel.topology import RankGrid
 from megatron_adamba.training.run import Run
 
 
@@ -40,6 +41,9 @@ def print_summary(console: Console, config: ModelConfig, seq_len: int) -> None:
         if group != "gain":
             table.add_row(group, f"{count:,}")
     table.add_row("total", f"{summary['total_without_gains']:,}")
+    if summary["trained_in_phase_1"]:
+        share = summary["trained_in_phase_1"] / summary["total_without_gains"]
+        table.add_row("trained in phase 1", f"{summary['trained_in_phase_1']:,} ({share:.1%})")
     table.add_row("gains, counted apart", f"{summary['parameters'].get('gain', 0):,}")
     console.print(table)
     table = Table(title=f"FLOPs per token at {seq_len} tokens")
@@ -60,14 +64,15 @@ def print_summary(console: Console, config: ModelConfig, seq_len: int) -> None:
 def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
     """The choices of this run, one line each."""
     config, info = run.plan.config, run.session.rank_info
-    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * info.world_size)
+    grid = run.plan.grid
+    accumulation = config.train.global_batch_size // (config.train.micro_batch_size * grid.dp)
     summary = summarize(config.model, config.train.seq_len)
     lines = [
         f"model      {config.model.block_pattern}, hidden {config.model.hidden_size}, widths {config.model.widths}, "
         f"{summary['total_without_gains']:,} parameters" + (f", {run.frozen:,} frozen" if run.frozen else ""),
-        f"layout     {info.world_size} x data parallel, ZeRO {run.plan.zero_stage}, "
+        f"layout     {describe_grid(grid, config.parallel.sp)}, ZeRO {run.plan.zero_stage}, "
         f"{'bf16 with fp32 master weights' if run.plan.bf16 else 'fp32'}, {info.device.type}, {info.backend}",
-        f"batch      {config.train.global_batch_size} x {config.train.seq_len} tokens = {info.world_size} ranks x "
+        f"batch      {config.train.global_batch_size} x {config.train.seq_len} tokens = {grid.dp} replicas x "
         f"{accumulation} micro-batches of {config.train.micro_batch_size}",
         f"sampling   {config.elastic.width_sampling}, {run.sampler.passes} pass(es) of each micro-batch",
         f"optimizer  {config.optimizer.name}, {config.optimizer.schedule}, {config.train.steps} steps",
@@ -76,6 +81,13 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
     lines += [f"--depth {parsed.depth}   {key} = {value}  ({REASONS[key]})" for key, value in parsed.derived.items()]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe_grid(grid: RankGrid, sequence_parallel: bool) -> str:
+    """`2 x data parallel x 4 x tensor parallel with sequence parallel`, degrees of one left out."""
+    names = {"data": grid.dp, "tensor": grid.tp, "pipeline": grid.pp, "expert": grid.ep}
+    parts = [f"{degree} x {name} parallel" for name, degree in names.items() if degree > 1 or name == "data"]
+    return ", ".join(parts) + (", sequence parallel" if sequence_parallel else "")
 
 
 def print_rows(console: Console, rows: list[EvaluationRow]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_adamba.blueprint.compat import RunSetup, check_combination
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.phases import frozen_specs
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.config.cli import ParsedArguments
@@ -23,10 +24,14 @@ from megatron_adamba.data.blend import build_dataset, open_dataset
 from megatron_adamba.data.packed import EvaluationBatches, evaluation_batches
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_adamba.elastic.sampler import PlanSampler
+from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.launch import RankInfo
 from megatron_adamba.engine.session import TrainingSession
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.parallel.expert import expert_parallel
+from megatron_adamba.parallel.tensor import tensor_parallel
+from megatron_adamba.parallel.topology import RankGrid, build_topology
 from megatron_adamba.training.freeze import freeze_groups
 
 
@@ -39,6 +44,7 @@ class RunPlan:
     ds_config: dict[str, Any]
     specs: tuple[ParamSpec, ...]
     tokenizer: Tokenizer
+    grid: RankGrid
     zero_stage: int
     bf16: bool
 
@@ -69,22 +75,38 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     raw = read_ds_config(parsed.deepspeed_config)
     stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
+    grid = RankGrid(world_size, config.parallel.tp, config.parallel.pp, config.parallel.ep)
     tokenizer = load_tokenizer(config.data.tokenizer)
     config = replace(config, model=resolve_model(config.model, tokenizer.vocab_size))
-    ds_config = complete_ds_config(raw, config, world_size, parsed.deepspeed_config or "the built-in ds_config")
-    return RunPlan(config, ds_config, manifest(config.model), tokenizer, stage, bf16)
+    # once more, as some rules look at the vocabulary
+    check_combination(RunSetup(config, stage, offload, world_size, bf16))
+    ds_config = complete_ds_config(raw, config, grid.dp, parsed.deepspeed_config or "the built-in ds_config")
+    return RunPlan(config, ds_config, manifest(config.model), tokenizer, grid, stage, bf16)
 
 
 def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     """Open the data, build and initialise the model, wrap it in the engine. Raises DataError, ConfigError."""
     config = plan.config
     dataset, validation = together(lambda: _open_data(plan))
-    model = AdambaModel(config.model, activation_checkpointing=config.train.activation_checkpointing)
+    topology = build_topology(plan.grid, config.parallel.sp)
+    recompute = config.train.activation_checkpointing
+    model = AdambaModel(
+        config.model,
+        activation_checkpointing=recompute,
+        tp=tensor_parallel(topology),
+        ep=expert_parallel(topology),
+        moe_layer=moe_layer_for(topology, _experts_train(plan)),
+    )
     model.initialize(config.train.seed)
-    frozen = freeze_groups(model, plan.specs, config.train.freeze)
-    session = TrainingSession(model, plan.specs, config.optimizer, plan.ds_config, rank_info)
+    frozen = freeze_groups(model, plan.specs, config.train.freeze, config.train.phase)
+    session = TrainingSession(model, plan.specs, config.optimizer, plan.ds_config, rank_info, topology)
     sampler = PlanSampler(config.model, config.elastic, config.train.seed)
     return Run(plan, session, dataset, sampler, validation, frozen)
+
+
+def _experts_train(plan: RunPlan) -> bool:
+    frozen = frozen_specs(plan.specs, plan.config.train.freeze, plan.config.train.phase)
+    return any(spec.group == "expert" and spec not in frozen for spec in plan.specs)
 
 
 def _open_data(plan: RunPlan) -> tuple[Any, EvaluationBatches | None]:

@@ -18,7 +18,10 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, RuntimeError):
+            # a rank that fails is told to end by its launcher within a second, and has something to say first
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

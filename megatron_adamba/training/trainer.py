@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_adamba.blueprint.flops import training_flops
+from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
 from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans
 from megatron_adamba.files import as_storage_error
-from megatron_adamba.training.checkpointing import find_resume, resume, save, write_final_model
+from megatron_adamba.layers.moe.statistics import RouterStatistics
+from megatron_adamba.training.checkpointing import find_resume, resume, start_saving, write_final_model
 from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor
 from megatron_adamba.training.peak import matmul_rate
@@ -37,14 +40,19 @@ class Trainer:
         self.device = self.rank_info.device
         train = self.config.train
         self.num_micro_batches = train.global_batch_size // train.micro_batch_size
-        self.accumulation = self.num_micro_batches // self.rank_info.world_size
+        topology = run.session.topology
+        self.dp, self.dp_rank = topology.size("dp"), topology.place("dp")
+        self.accumulation = self.num_micro_batches // self.dp
         self.counters = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.log = logging.getLogger("megatron_adamba")
-        self.flops = 0
+        self.ranks_per_replica = topology.size("model")
+        self.flops = 0.0
         self.peak = 1.0
         self.started, self.first_step = 0.0, 0
         self.last_batch: MicroBatch = {}
+        self.loads: dict[int, Tensor] = {}
         self.write_failure: Exception | None = None
+        self.saver = BackgroundSaver(saving_group())
 
     @property
     def first_rank(self) -> bool:
@@ -68,7 +76,7 @@ class Trainer:
                     while self.counters["step"] < steps:
                         self._one_step(batches, writer, view)
                         self._after_step(stop, writer)
-                saved = save(self.run, self.counters)
+                saved = self._save()
                 rows = self.evaluate(writer)
                 write_final_model(self.run, saved)
         finally:
@@ -94,11 +102,11 @@ class Trainer:
 
     def _loader(self) -> MicroBatchLoader:
         train = self.config.train
-        base, rank, ranks = self.counters["consumed_samples"], self.rank_info.rank, self.rank_info.world_size
+        base = self.counters["consumed_samples"]
 
         def first_sample(number: int) -> int:
             step, index = divmod(number, self.accumulation)
-            return base + step * train.global_batch_size + (index * ranks + rank) * train.micro_batch_size
+            return base + step * train.global_batch_size + (index * self.dp + self.dp_rank) * train.micro_batch_size
 
         count = (train.steps - self.counters["step"]) * self.accumulation
         pin = self.device.type == "cuda"
@@ -118,6 +126,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         record = self._record(mean, label, factor, result, seconds)
         logged = self.counters["step"] % self.config.logging.interval == 0 or self.counters["step"] == train.steps
+        if logged and self.loads:
+            record["expert_load"] = self._expert_load()
         if self.first_rank:
             view.update(record, logged)
             if logged:
@@ -128,18 +138,28 @@ class Trainer:
         """Mean loss over this rank's micro-batches per pass, [passes], and a name for the widths that ran."""
         passes = self.run.sampler.passes
         losses: list[Tensor] = [torch.zeros((), device=self.device)] * passes
+        self.loads = {}
         labels: dict[str, None] = {}
-        self.flops = 0
+        self.flops = 0.0
         for index in range(self.accumulation):
             batch = self.last_batch = next(batches)
-            number = index * self.rank_info.world_size + self.rank_info.rank
+            number = index * self.dp + self.dp_rank
             for k in range(passes):
                 plan = self.run.sampler.micro_batch_plan(step, number, self.num_micro_batches, k)
-                loss = self.session.micro_step(**self._inputs(batch), plan=plan)
+                statistics = RouterStatistics()
+                loss = self.session.micro_step(**self._inputs(batch), plan=plan, statistics=statistics)
+                for block, load in statistics.loads.items():
+                    self.loads[block] = self.loads.get(block, 0) + load
                 losses[k] = losses[k] + loss.float()
                 labels[plan.label] = None
                 self._count_flops(plan)
         return torch.stack(losses) / self.accumulation, "+".join(labels)
+
+    def _expert_load(self) -> dict[str, list[float]]:
+        """By block: each expert's share of the choices in this step, times the number of experts; 1 is balanced."""
+        loads = self.session.mean_over_ranks(torch.stack(list(self.loads.values())).double())
+        shares = loads / loads.sum(1, keepdim=True).clamp(min=1e-9) * loads.shape[1]
+        return {str(block): [round(share, 4) for share in row] for block, row in zip(self.loads, shares.tolist())}
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Tensor | None]:
         move = lambda name: batch[name].to(self.device, non_blocking=True)
@@ -152,7 +172,7 @@ class Trainer:
     def _count_flops(self, plan: ElasticPlan) -> None:
         train = self.config.train
         per_token = training_flops(self.config.model, plan.widths, train.seq_len, plan.exit_layer)
-        self.flops += per_token * train.micro_batch_size * train.seq_len
+        self.flops += per_token * train.micro_batch_size * train.seq_len / self.ranks_per_replica
 
     def _count(self, skipped: bool) -> None:
         if not skipped:
@@ -202,15 +222,26 @@ class Trainer:
         interval = self.config.checkpoint.interval
         if train.eval_interval and step % train.eval_interval == 0 and step < train.steps:
             self.evaluate(writer)
-        flags = torch.tensor([stop.requested is not None, self.write_failure is not None], dtype=torch.float32)
-        stopped, failed = (self.session.mean_over_ranks(flags.to(self.device)) > 0).tolist()
+        marks = [stop.requested is not None, self.write_failure is not None, self.saver.failed]
+        stopped, failed, unsaved = self.session.any_rank(marks)
+        if unsaved:
+            self.saver.finish()
         if failed:
             raise self.write_failure or StorageError("rank 0 could not write its metrics; free some space")
         if stopped:
-            folder = save(self.run, self.counters)
+            folder = self._save()
             raise StoppedBySignal(f"{stop.requested or 'a signal'}: saved {folder}; go on with --resume auto")
         if interval and step % interval == 0 and step < train.steps:
-            save(self.run, self.counters)
+            start_saving(self.run, self.saver, self.counters)
+            if not self.config.checkpoint.asynchronous:
+                self.saver.finish()
+
+    def _save(self) -> Path:
+        """The checkpoint of this step, finished."""
+        start_saving(self.run, self.saver, self.counters)
+        saved = self.saver.finish()
+        assert saved is not None
+        return saved
 
     def _stop_for_nonfinite(self) -> None:
         plan = self.run.sampler.plan(self.counters["step"] - 1, 0)
@@ -236,7 +267,7 @@ class Trainer:
             return self.session.engine(tokens=tokens, labels=labels, seq_idx=seq_idx, plan=plan, reduction="none")
 
         self.session.engine.eval()
-        rows = evaluate_plans(forward, model, self.run.validation, plans, self.device)
+        rows = evaluate_plans(forward, model, self.run.validation, plans, self.device, self.run.session.topology)
         self.session.engine.train()
         if writer is not None:
             for row in rows:

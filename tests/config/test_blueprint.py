@@ -44,8 +44,8 @@ def test_no_pattern_is_attention_all_the_way():
 
 
 BAD_PATTERNS = [
-    ("X", "'X': unknown block 'X' (blocks are T and M) at character 1; for example (TM)x4"),
-    ("TEM", "unknown block 'E' (blocks are T and M) at character 2"),
+    ("X", "'X': unknown block 'X' (blocks are T, M and E) at character 1; for example (TM)x4"),
+    ("TXM", "unknown block 'X' (blocks are T, M and E) at character 2"),
     ("t", "unknown block 't'"),
     ("(T", "a '(' without its ')' at character 3"),
     ("T)", "a ')' without its '(' at character 2"),
@@ -57,7 +57,7 @@ BAD_PATTERNS = [
     ("", "holds no block; for example --model.block_pattern (TM)x4"),
     ("()", "holds no block"),
     ([], "holds no block"),
-    (["transfomer"], "unknown block 'transfomer'; blocks are T (transformer) and M (mamba), e.g. transformer"),
+    (["transfomer"], "unknown block 'transfomer'; blocks are T (transformer), M (mamba) and E (moe), e.g. transformer"),
     (["mumba"], "e.g. mamba"),
     ("Tx99999999999", f"more than {MAX_BLOCKS} blocks"),
     ("((Tx4000)x4000)x4000", f"more than {MAX_BLOCKS} blocks"),
@@ -105,7 +105,7 @@ def test_any_other_text_is_read_or_refused_in_one_line(text):
     except ConfigError as error:
         assert "\n" not in str(error) and "--model.block_pattern" in str(error)
     else:
-        assert letters and set(letters) <= {"T", "M"}
+        assert letters and set(letters) <= {"T", "M", "E"}
 
 
 def test_sizes_are_derived():

@@ -38,15 +38,59 @@ class Case:
     then_setup: dict[str, Any] = field(default_factory=dict)
 
 
-MUON, DEGREES = ["--optimizer.name", "muon"], "tensor, pipeline and expert parallelism"
+MUON, DEGREES = ["--optimizer.name", "muon"], "pipeline parallelism"
+EXPERTS = ["--model.block_pattern", "EE", "--model.num_experts", "6"]
+EP_DEGREE = "an expert-parallel degree that does not fit"
+MODEL_DEGREES = "a tensor-parallel degree that the model does not have"
+TWO_LAYERS = ["--model.num_layers", "2"]
+TP2, HYBRID = ["--parallel.tp", "2"], ["--model.block_pattern", "TM", "--model.num_kv_groups", "2"]
 CASES = [
-    Case(DEGREES, ["--parallel.tp", "2"], "use --parallel.tp 1", ["--parallel.tp", "1"]),
+    Case(
+        "a tensor-parallel degree that the ranks do not have", ["--parallel.tp", "3", *TWO_LAYERS],
+        "--parallel.tp 3: must divide the 2 ranks that the launcher starts; one of [1, 2]", TP2,
+    ),
+    Case(
+        MODEL_DEGREES, [*TP2, *TWO_LAYERS, "--model.num_kv_groups", "1"],
+        "does not divide --model.num_kv_groups (1); this model takes [1]", ["--model.num_kv_groups", "2"],
+    ),
+    Case(
+        MODEL_DEGREES, [*TP2, *HYBRID], "does not divide --model.mamba_num_groups (1); this model takes [1]",
+        ["--model.mamba_num_groups", "2"],
+    ),
+    Case(
+        MODEL_DEGREES, [*TP2, *TWO_LAYERS, "--model.ffn_granule", "1024"],
+        "leaves ranks without a unit of --model.ffn_granule (1 units); this model takes [1]",
+        ["--model.ffn_granule", "512"],
+    ),
+    Case(
+        MODEL_DEGREES, ["--parallel.tp", "4", *TWO_LAYERS, "--model.num_kv_groups", "2"],
+        "does not divide --model.num_kv_groups (2); this model takes [1, 2]", TP2, {"world_size": 4},
+    ),
+    Case(
+        "sequence parallelism without tensor parallelism", ["--parallel.sp", "true", *TWO_LAYERS],
+        "give --parallel.tp 2", TP2,
+    ),
     Case(DEGREES, ["--parallel.pp", "4"], "--parallel.pp 1", ["--parallel.pp", "1"]),
-    Case(DEGREES, ["--parallel.ep", "2"], "--parallel.ep 1", ["--parallel.ep", "1"]),
+    Case(EP_DEGREE, ["--parallel.ep", "2", *TWO_LAYERS], "the 0 experts and", ["--parallel.ep", "1"]),
+    Case(
+        EP_DEGREE, ["--parallel.ep", "4", "--train.global_batch_size", "16", *EXPERTS],
+        "must divide the 6 experts and the 4 ranks of dp x tp; one of [1, 2]",
+        ["--parallel.ep", "2"], {"world_size": 4},
+    ),
+    Case(
+        EP_DEGREE, ["--parallel.ep", "3", *EXPERTS],
+        "must divide the 6 experts and the 2 ranks of dp x tp; one of [1, 2]",
+        ["--parallel.ep", "2"],
+    ),
     Case("ZeRO 0 on several processes", [], "zero stage 0 on 2 processes", [], {"zero_stage": 0}, {"zero_stage": 1}),
     Case(
         "ZeRO 0 with bf16", [], "zero stage 0 keeps no fp32 weights under bf16; use stage 1", [],
         {"zero_stage": 0, "world_size": 1, "bf16": True}, {"zero_stage": 1},
+    ),
+    Case(
+        "phase 1 at other widths than the full one",
+        ["--train.phase", "1", "--elastic.width_sampling", "per_layer"],
+        "use --elastic.width_sampling full", ["--elastic.width_sampling", "full"],
     ),
     Case("Muon with ZeRO 3", MUON, "use zero stage 2 or adamw", [], {"zero_stage": 3}, {"zero_stage": 2}),
     Case("Muon with ZeRO 3", MUON, "or adamw", ["--optimizer.name", "adamw"], {"zero_stage": 3}),
@@ -60,7 +104,7 @@ CASES = [
     ),
     Case(
         "a batch that does not divide", ["--train.global_batch_size", "9"],
-        "must be a multiple of micro_batch_size x ranks = 4 x 2; try 16", ["--train.global_batch_size", "16"],
+        "must be a multiple of micro_batch_size x replicas = 4 x 2; try 16", ["--train.global_batch_size", "16"],
     ),
     Case(
         "a batch that does not divide", ["--train.global_batch_size", "4"], "try 8",

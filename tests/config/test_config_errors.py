@@ -125,7 +125,10 @@ def test_a_checkpoints_config_is_read_back(tmp_path):
         ("{", "cannot be read as JSON"),
         ("[]", "has no `model` section"),
         ('{"model": 3}', "has no `model` section"),
-        ('{"model": {"hiddn": 3}}', "unknown model setting hiddn; this version knows activation, block_pattern"),
+        (
+            '{"model": {"hiddn": 3}}',
+            "unknown model setting hiddn; this version knows activation, attention_sinks, block",
+        ),
         ('{"model": {"hidden_size": "x"}}', "the model section is damaged"),
         ('{"model": {"nest": [{"width": 3}]}}', "the model section is damaged"),
         ('{"model": {"nest": 3}}', "the model section is damaged"),

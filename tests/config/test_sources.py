@@ -148,12 +148,25 @@ BLOCKS = {
     "adamba-6b": "TM" * 32,
     "adamba-9b": "TM" * 32,
     "adamba-20b": "TM" * 32,
+    "gpt-oss-20b": "E" * 24,
+    "gpt-oss-120b": "E" * 36,
+    "gpt-oss-20b-hybrid": "EEM" * 12,
+    "gpt-oss-tiny": "E" * 4,
 }
 HIDDEN = {"rtx3070-d16": 1024, "tiny-hybrid": 256, "adamba-6b": 2048, "adamba-9b": 2560, "adamba-20b": 4096}
+HIDDEN |= {"gpt-oss-20b": 2880, "gpt-oss-120b": 2880, "gpt-oss-20b-hybrid": 2880, "gpt-oss-tiny": 256}
+PUBLISHED = {"gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672, "gpt-oss-20b-hybrid": 22_694_422_848}
 
 
 def test_these_are_the_presets():
     assert preset_names() == sorted(BLOCKS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gpt_oss_has_the_published_number_of_parameters(name):
+    """The first two as published; the hybrid is the 20B and what twelve Mamba-2 blocks of that shape add to it."""
+    model = resolve_model(parse_arguments(["--preset", name]).config.model)
+    assert summarize(model, 4096)["total_without_gains"] == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", BLOCKS)

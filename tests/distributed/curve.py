@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatron_adamba.blueprint.compat import RunSetup
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.blueprint.support import FEATURES, cell
 from megatron_adamba.config.ds_config import complete_ds_config
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import ElasticConfig, OptimizerConfig, TrainConfig
 from megatron_adamba.elastic.sampler import PlanSampler
+from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.session import TrainingSession
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.parallel.expert import expert_parallel
+from megatron_adamba.parallel.layout import cut
+from megatron_adamba.parallel.tensor import tensor_parallel
+from megatron_adamba.parallel.topology import RankGrid, Topology, build_topology
 from megatron_adamba.training.freeze import freeze_groups
 from megatron_adamba.training.schedule import learning_rate_factor
 
@@ -22,7 +32,12 @@ MICRO_BATCHES, SEQ_LEN, VOCAB = 4, 13, 53
 
 
 def run_config(
-    pattern: str = "TM", mamba_version: int = 2, sampling: str = "per_layer", optimizer: str = "adamw", **model: Any
+    pattern: str = "TM",
+    mamba_version: int = 2,
+    sampling: str = "per_layer",
+    optimizer: str = "adamw",
+    plans_per_step: int = 2,
+    **model: Any,
 ) -> AdambaConfig:
     """A model with GQA, biases, three widths of which the first holds one KV group, and clipping that bites."""
     shape = {
@@ -44,7 +59,7 @@ def run_config(
     }
     return AdambaConfig(
         model=resolve_model(ModelConfig(**shape)),
-        elastic=ElasticConfig(width_sampling=sampling, plans_per_step=2, sandwich_passes=2),
+        elastic=ElasticConfig(width_sampling=sampling, plans_per_step=plans_per_step, sandwich_passes=2),
         train=TrainConfig(steps=20, micro_batch_size=2, global_batch_size=2 * MICRO_BATCHES, gradient_clipping=0.3),
         # Adam divides by the size of a gradient: with a small eps it turns rounding into updates of full size, and even
         # the plain loop in fp32 then strays from itself in float64 by more than the bound of these tests
@@ -54,15 +69,21 @@ def run_config(
     )
 
 
-def build_model(config: AdambaConfig, freeze: list[str]) -> AdambaModel:
-    """From a start that is neutral nowhere: gains, biases, decays and output projections are random too."""
-    model = AdambaModel(config.model).initialize(config.train.seed)
+def build_model(config: AdambaConfig, freeze: list[str], skew: float = 0.0) -> AdambaModel:
+    """From a start that is neutral nowhere: gains, biases, decays and output projections are random too.
+
+    skew: added to the router's logits of the first experts, as many as a token is sent to.
+    """
+    recompute = config.train.activation_checkpointing
+    model = AdambaModel(config.model, activation_checkpointing=recompute).initialize(config.train.seed)
     generator = torch.Generator().manual_seed(99)
     neutral = {spec.name for spec in manifest(config.model) if spec.init in ("ones", "zeros", "output", "head")}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.1 if name in neutral else 0.01))
+            if name.endswith("router.bias"):
+                parameter[: config.model.experts_per_token] += skew
     freeze_groups(model, manifest(config.model), freeze)
     return model
 
@@ -78,19 +99,25 @@ def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
     return {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": starts.cumsum(1, dtype=torch.int32)}
 
 
-def plain_curve(arguments: dict[str, Any], freeze: list[str], steps: int = 20) -> list[tuple[float, float]]:
+def plain_curve(
+    arguments: dict[str, Any], freeze: list[str], steps: int = 20, skew: float = 0.0
+) -> list[tuple[float, float]]:
+    """`plain_curve_of` the config that `run_config` makes of the arguments."""
+    return plain_curve_of(run_config(**arguments), freeze, steps, skew)
+
+
+def plain_curve_of(config: AdambaConfig, freeze: list[str], steps: int, skew: float = 0.0) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, from one model, torch's clipping and torch's AdamW; no engine of anybody's.
 
     A trainable parameter that no micro-batch touched has a gradient of zero.
     """
-    config = run_config(**arguments)
-    model = build_model(config, freeze)
+    model = build_model(config, freeze, skew)
     specs = {spec.name: spec for spec in manifest(config.model)}
     options = config.optimizer
     groups: dict[tuple[float, float], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = options.weight_decay if specs[name].kind == "matrix" else 0.0
+            decay = options.weight_decay if specs[name].kind in ("matrix", "matrices") else 0.0
             peak = options.embedding_lr if name.startswith("embedding") else options.lr
             groups.setdefault((peak, decay), []).append(parameter)
     optimizer = torch.optim.AdamW(
@@ -132,12 +159,49 @@ def ds_settings(stage: int, offload: bool, bf16: bool) -> dict[str, Any]:
     return settings
 
 
+@functools.cache
+def topology_of(tp: int, sp: bool, ep: int = 1) -> Topology:
+    """Of all ranks of this group; kept, as process groups live long."""
+    return build_topology(RankGrid(dist.get_world_size(), tp, ep=ep), sp)
+
+
 def build_session(
-    info, config: AdambaConfig, stage: int, offload: bool, bf16: bool, freeze: list[str]
+    info,
+    config: AdambaConfig,
+    stage: int,
+    offload: bool = False,
+    bf16: bool = False,
+    freeze=(),
+    tp: int = 1,
+    sp=False,
+    ep: int = 1,
+    skew: float = 0.0,
 ) -> TrainingSession:
-    settings = complete_ds_config(ds_settings(stage, offload, bf16), config, info.world_size, "the test")
-    model = build_model(config, freeze)
-    return TrainingSession(model, manifest(config.model), config.optimizer, settings, info)
+    topology = topology_of(tp, sp, ep)
+    settings = complete_ds_config(ds_settings(stage, offload, bf16), config, topology.size("dp"), "the test")
+    model = shard_model(build_model(config, list(freeze), skew), topology)
+    return TrainingSession(model, manifest(config.model), config.optimizer, settings, info, topology)
+
+
+def shard_model(whole: AdambaModel, topology: Topology) -> AdambaModel:
+    """The same model, cut."""
+    tp, ep = tensor_parallel(topology), expert_parallel(topology)
+    if tp.size == ep.size == 1:
+        return whole
+    trains = any(whole.get_parameter(s.name).requires_grad for s in manifest(whole.config) if s.group == "expert")
+    model = AdambaModel(
+        whole.config,
+        activation_checkpointing=whole.activation_checkpointing,
+        tp=tp,
+        ep=ep,
+        moe_layer=moe_layer_for(topology, trains),
+    )
+    with torch.no_grad():
+        for spec in manifest(whole.config):
+            parameter = model.get_parameter(spec.name)
+            parameter.copy_(cut(spec, whole.get_parameter(spec.name), *model.share_of(spec)))
+            parameter.requires_grad_(whole.get_parameter(spec.name).requires_grad)
+    return model
 
 
 def take_steps(
@@ -145,13 +209,14 @@ def take_steps(
 ) -> list[tuple[float, float]]:
     """Steps first .. last - 1 through the engine."""
     sampler = PlanSampler(config.model, config.elastic, config.train.seed)
-    accumulation = MICRO_BATCHES // info.world_size
+    dp, dp_rank = session.topology.size("dp"), session.topology.place("dp")
+    accumulation = MICRO_BATCHES // dp
     curve = []
     for step in range(first, last):
         session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
         total = torch.zeros(())
         for index in range(accumulation):
-            number = index * info.world_size + info.rank
+            number = index * dp + dp_rank
             for k in range(sampler.passes):
                 plan = sampler.micro_batch_plan(step, number, MICRO_BATCHES, k)
                 total += session.micro_step(**micro_batch(step, number), plan=plan) / (accumulation * sampler.passes)
@@ -168,10 +233,36 @@ def engine_curve(
     bf16: bool = False,
     freeze: list[str] = (),
     steps: int = 20,
+    tp: int = 1,
+    sp: bool = False,
+    ep: int = 1,
+    skew: float = 0.0,
 ) -> list[tuple[float, float]]:
     """A job: the same run through the engine on this group's ranks."""
     config = run_config(**arguments)
-    session = build_session(info, config, stage, offload, bf16, list(freeze))
+    session = build_session(info, config, stage, offload, bf16, freeze, tp, sp, ep, skew)
+    return take_steps(info, session, config, 0, steps)
+
+
+def cell_config(row: str, column: str) -> tuple[RunSetup, AdambaConfig]:
+    """Setup and config of a cell of the support matrix; the optimizer's settings are those of `run_config`."""
+    features = {feature.name: feature for feature in FEATURES}
+    setup = cell(features[row], features[column]).setup
+    assert setup is not None
+    steady = run_config(optimizer=setup.config.optimizer.name).optimizer
+    return setup, dataclasses.replace(setup.config, optimizer=steady)
+
+
+def cell_curve(
+    info, row: str, column: str, steps: int, alone: bool = False, stage: int | None = None
+) -> list[tuple[float, float]]:
+    """A job: a few steps of a cell; alone: on one process at `stage`, whatever the cell's layout."""
+    setup, config = cell_config(row, column)
+    layout = {"tp": config.parallel.tp, "sp": config.parallel.sp, "offload": setup.offload, "bf16": setup.bf16}
+    if alone:
+        layout = {"bf16": setup.bf16}
+    stage = setup.zero_stage if stage is None else stage
+    session = build_session(info, config, stage, freeze=config.train.freeze, **layout)
     return take_steps(info, session, config, 0, steps)
 
 

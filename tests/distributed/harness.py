@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+PATIENCE = 5.0
+"""seconds that ranks may still take once one has failed"""
 
 
 class WorkerGroup:
@@ -42,22 +45,32 @@ class WorkerGroup:
             )
 
     def run(self, module: str, function: str, **arguments: Any) -> list[Any]:
-        """Results by rank. Raises RuntimeError with the first failing rank's traceback."""
+        """Results by rank. Raises RuntimeError with the first failing rank's traceback; where others then wait for it
+        in a collective, the group is given up."""
         request = json.dumps({"module": module, "function": function, "arguments": arguments}) + "\n"
         for process in self.ranks:
             process.stdin.write(request)
             process.stdin.flush()
-        answers = []
-        for rank, process in enumerate(self.ranks):
-            line = process.stdout.readline()
-            if not line:
+        answers: dict[int, dict[str, Any]] = {}
+        failed: list[int] = []
+        while len(answers) < len(self.ranks):
+            waiting = {process.stdout: rank for rank, process in enumerate(self.ranks) if rank not in answers}
+            ready, _, _ = select.select(list(waiting), [], [], PATIENCE if failed else None)
+            if not ready:
                 self.close()
-                raise RuntimeError(f"rank {rank} died\n{self.log.read_text()[-4000:]}")
-            answers.append(json.loads(line))
-        for rank, answer in enumerate(answers):
-            if "error" in answer:
-                raise RuntimeError(f"rank {rank}: {answer['error']}\n{answer['trace']}")
-        return [answer["result"] for answer in answers]
+                break
+            for pipe in ready:
+                line = pipe.readline()
+                if not line:
+                    self.close()
+                    raise RuntimeError(f"rank {waiting[pipe]} died\n{self.log.read_text()[-4000:]}")
+                answers[waiting[pipe]] = json.loads(line)
+                if "error" in answers[waiting[pipe]]:
+                    failed.append(waiting[pipe])
+        if failed:
+            answer = answers[failed[0]]
+            raise RuntimeError(f"rank {failed[0]}: {answer['error']}\n{answer['trace']}")
+        return [answers[rank]["result"] for rank in range(len(self.ranks))]
 
     def close(self) -> None:
         for process in self.ranks:

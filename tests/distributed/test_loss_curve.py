@@ -23,10 +23,10 @@ def reference(arguments: str, freeze: str) -> list[tuple[float, float]]:
     return plain_curve(json.loads(arguments), json.loads(freeze))
 
 
-def compare(workers, arguments, ranks, stage, offload=False, freeze=()):
+def compare(workers, arguments, ranks, stage, freeze=(), **layout):
     expected = reference(json.dumps(arguments), json.dumps(list(freeze)))
     curve = workers(ranks).run(
-        "curve", "engine_curve", arguments=arguments, stage=stage, offload=offload, freeze=list(freeze)
+        "curve", "engine_curve", arguments=arguments, stage=stage, freeze=list(freeze), **layout
     )[0]
     assert any(norm > 0.3 for _, norm in expected), "clipping must be active, or the norm proves nothing"
     for step, ((loss, norm), (wanted, wanted_norm)) in enumerate(zip(curve, expected, strict=True)):
@@ -36,7 +36,7 @@ def compare(workers, arguments, ranks, stage, offload=False, freeze=()):
 
 @pytest.mark.parametrize(("ranks", "stage", "offload"), LAYOUTS)
 def test_layouts(workers, ranks, stage, offload):
-    compare(workers, HYBRID | {"sampling": "per_layer"}, ranks, stage, offload)
+    compare(workers, HYBRID | {"sampling": "per_layer"}, ranks, stage, offload=offload)
 
 
 @pytest.mark.parametrize(("ranks", "stage", "offload"), [(1, 1, False), (2, 1, False), (2, 2, True), (2, 3, False)])
@@ -52,7 +52,7 @@ def test_sandwich_mamba1_tied_frozen(workers, ranks, stage, offload):
         "window_pattern": "SL",
         "mamba_use_mlp": False,
     }
-    compare(workers, arguments, ranks, stage, offload, freeze=("attention", "gain"))
+    compare(workers, arguments, ranks, stage, freeze=("attention", "gain"), offload=offload)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3)])

@@ -80,6 +80,17 @@ def test_zero_tokens_hand_zero_gradients_back(shape):
     assert not torch.stack([t.grad.sum() for t in (q, k, v)]).any()
 
 
+@pytest.mark.parametrize("seq", [5, 70])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_rank_without_heads_has_nothing_to_do(seq, masked):
+    q, k, v = (torch.zeros(2, seq, 0, 4, requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 1, seq, seq, dtype=torch.bool) if masked else None
+    out = attend(q, k, v, mask, 0.5)
+    assert out.shape == (2, seq, 0)
+    out.sum().backward()
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in (q, k, v))
+
+
 def test_a_window_of_one_sees_itself():
     q, k, v = torch.randn(2, 5, 4, 6), torch.randn(2, 5, 2, 6), torch.randn(2, 5, 2, 6)
     positions = torch.arange(5)

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "tools"))
         ("train", ["bf16 training throughput vs NanoChatForCausalLM", "bf16 optimizer step"]),
         ("blocks", ["M over T, two models, not compared: 32 tokens"]),
         ("mixer", ["bf16 d_state 16, peer's chunk 256, forward + backward"]),
+        ("moe", ["bf16 quick vs deepspeed", "bf16 quick vs transformers eager"]),
+        ("tp", ["bf16 width 8, dealt in turn vs in halves", "fp32 width 64, dealt in turn vs in halves"]),
     ],
 )
 def test_every_subcommand_writes_its_rows(subcommand, names, tmp_path):

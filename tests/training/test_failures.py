@@ -123,13 +123,14 @@ def test_checkpoint_of_another_model(data, finished, tmp_path):
     fails([*words, "--resume", "auto"], 5, "model.mamba_d_state 8", "16")
 
 
-def test_disk_full_while_saving(data, finished, tmp_path):
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_disk_full_while_saving(data, finished, tmp_path, asynchronous):
     """A limit on the size of files stands in for the end of the disk: both make a write fail half-way."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     size = (run / "checkpoints" / "step-00000010" / "__0_0.distcp").stat().st_size
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    words = [*arguments(data, run, train__steps=15), "--resume", "auto"]
+    words = [*arguments(data, run, train__steps=15, checkpoint__asynchronous=asynchronous), "--resume", "auto"]
     done = subprocess.run(
         command(1, words), capture_output=True, text=True, env=environment(), cwd=ROOT, preexec_fn=limit, timeout=120
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -56,6 +57,49 @@ def test_resume_on_another_layout(tmp_path, data):
     train(1, [*arguments(data, run, **options), *zero("zero3_fp32.json"), "--resume", "auto"])
     resumed = losses(run)
     assert resumed.keys() == expected.keys()
+    assert all(abs(resumed[step] - expected[step]) < 1e-5 for step in expected)
+
+
+def test_tensor_parallel_run_goes_on_anywhere(tmp_path, data):
+    """Saved in the background by two tensor-parallel ranks; they go on bit for bit, and one rank at ZeRO 3 as well."""
+    options = {"checkpoint__interval": 10, "checkpoint__asynchronous": "true", "model__mamba_num_groups": 2}
+    zero = lambda name: ["--deepspeed_config", str(ROOT / "ds_configs" / name)]
+    run = tmp_path / "run"
+    words = arguments(data, run, **options)
+    shared = [*words, "--parallel.tp", "2", "--parallel.sp", "true", *zero("zero2_fp32.json")]
+    assert "2 x tensor parallel, sequence parallel" in train(2, shared).stdout
+    expected = losses(run)
+    latest = run / "checkpoints" / "latest"
+    latest.write_text("step-00000010")
+    train(2, [*shared, "--resume", "auto"])
+    assert losses(run) == expected
+    latest.write_text("step-00000010")
+    train(1, [*words, *zero("zero3_fp32.json"), "--resume", "auto"])
+    resumed = losses(run)
+    assert resumed.keys() == expected.keys()
+    assert all(abs(resumed[step] - expected[step]) < 1e-5 for step in expected)
+
+
+def test_expert_parallel_run_goes_on_anywhere(tmp_path, data):
+    """Two expert-parallel ranks at ZeRO 2 go on bit for bit, and one at ZeRO 1; metrics say how full experts are."""
+    options = {"checkpoint__interval": 10, "model__block_pattern": "EM", "model__num_experts": 4}
+    options |= {"model__experts_per_token": 2, "model__router_balance_weight": 0.01, "elastic__plans_per_step": 1}
+    zero = lambda name: ["--deepspeed_config", str(ROOT / "ds_configs" / name)]
+    run = tmp_path / "run"
+    words = arguments(data, run, **options)
+    shared = [*words, "--parallel.ep", "2", *zero("zero2_fp32.json")]
+    assert "2 x expert parallel" in train(2, shared).stdout
+    expected = losses(run)
+    loads = [json.loads(line).get("expert_load") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(len(load["0"]) == 4 and abs(sum(load["0"]) - 4) < 1e-3 for load in loads if load)
+    assert sum(load is not None for load in loads) == 20
+    latest = run / "checkpoints" / "latest"
+    latest.write_text("step-00000010")
+    train(2, [*shared, "--resume", "auto"])
+    assert losses(run) == expected
+    latest.write_text("step-00000010")
+    train(1, [*words, *zero("zero1_fp32.json"), "--resume", "auto"])
+    resumed = losses(run)
     assert all(abs(resumed[step] - expected[step]) < 1e-5 for step in expected)
 
 

@@ -29,6 +29,7 @@ from megatron_adamba.ops.attention import attend
 from megatron_adamba.ops.nested_linear import Accumulation
 from megatron_adamba.ops.rms_norm import rms_norm
 from megatron_adamba.ops.rotary import rotary_table, rotate_and_norm
+from megatron_adamba.parallel.topology import RankGrid, build_topology
 
 MICRO_BATCHES = 8
 LINEARS = {
@@ -177,7 +178,7 @@ def _session(model: BlockLoss, specs: tuple[ParamSpec, ...], dtype: str, batch: 
     if dtype == "bf16":
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     settings = complete_ds_config(settings, config, info.world_size, "the benchmark")
-    return TrainingSession(model, specs, config.optimizer, settings, info)
+    return TrainingSession(model, specs, config.optimizer, settings, info, build_topology(RankGrid(info.world_size)))
 
 
 def _measure_width(config, row: NestRow, dtype: str, batch: int, seq: int, steps: int, info) -> list[Row]:

@@ -15,6 +15,7 @@ from megatron_adamba.config.sections import OptimizerConfig
 from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.ops.host_memory import keep_freed_pages
+from megatron_adamba.parallel.topology import single_process
 
 EPS = 1.1920929e-7
 PLACES = {
@@ -137,7 +138,9 @@ def peer_loss(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
 
 def _our_optimizer(model: AdambaModel) -> ElasticOptimizer:
     config = OptimizerConfig(lr=1e-6)
-    return ElasticOptimizer(parameter_groups(model, manifest(model.config), config), config, torch.bfloat16)
+    return ElasticOptimizer(
+        parameter_groups(model, manifest(model.config), config), config, torch.bfloat16, single_process()
+    )
 
 
 def _compare(ours: AdambaModel, peer: nn.Module, tokens: Tensor, labels: Tensor, bound: float) -> None:

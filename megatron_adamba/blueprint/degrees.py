@@ -1,0 +1,49 @@
+"""Which tensor-parallel degrees a model can be cut into."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from megatron_adamba.blueprint.manifest import vocab_unit
+from megatron_adamba.blueprint.resolve import mamba_inner_size
+from megatron_adamba.config.model import ModelConfig
+
+
+def divided_sizes(config: ModelConfig) -> dict[str, int]:
+    """What a degree has to divide, by the flag that sets it: KV groups, Mamba-2's groups, Mamba-1's inner channels."""
+    sizes = {}
+    if set("TE") & set(config.block_pattern):
+        sizes["--model.num_kv_groups"] = config.num_kv_groups
+    if "M" in config.block_pattern and config.mamba_version == 2:
+        sizes["--model.mamba_num_groups"] = config.mamba_num_groups
+    elif "M" in config.block_pattern:
+        sizes["--model.mamba_expand"] = mamba_inner_size(config)
+    return sizes
+
+
+def shared_units(config: ModelConfig) -> dict[str, int]:
+    """What is dealt out in units without having to be divided; every rank needs one unit at full width."""
+    units = {}
+    if "T" in config.block_pattern or config.mamba_use_mlp:
+        units["--model.ffn_granule"] = config.ffn_size // config.ffn_granule
+    if config.vocab_size is not None:
+        units["--model.vocab_size"] = -(-config.vocab_size // vocab_unit(config.vocab_size))
+    return units
+
+
+def legal_tp_degrees(config: ModelConfig) -> list[int]:
+    """Of a resolved config, ascending; 1 is always among them."""
+    common = gcd(*divided_sizes(config).values())
+    most = min([common, *shared_units(config).values()])
+    return [degree for degree in range(1, most + 1) if common % degree == 0]
+
+
+def obstacle(config: ModelConfig, tp: int) -> str | None:
+    """The flag that keeps a model from being cut into `tp`, with its size; None where it can be cut."""
+    for flag, size in divided_sizes(config).items():
+        if size % tp:
+            return f"does not divide {flag} ({size})"
+    for flag, units in shared_units(config).items():
+        if units < tp:
+            return f"leaves ranks without a unit of {flag} ({units} units)"
+    return None

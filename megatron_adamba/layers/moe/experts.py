@@ -1,0 +1,39 @@
+"""The experts' weights, all experts of one rank in one tensor each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.ops.expert_mlp import expert_mlp
+from megatron_adamba.ops.nested_linear import Accumulation, GradientSink
+
+
+class Experts(nn.Module):
+    """Clamped SwiGLU MLPs with biases.
+
+    Parameters: gate_weight, up_weight [experts, expert_ffn_size, hidden_size], down_weight [experts, hidden_size,
+    expert_ffn_size], gate_bias, up_bias [experts, expert_ffn_size], down_bias [experts, hidden_size].
+    """
+
+    NAMES = ("gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
+
+    def __init__(self, config: ModelConfig, count: int, device=None) -> None:
+        """count: experts of this rank."""
+        super().__init__()
+        self.limit, self.slope = config.expert_gate_limit, config.expert_gate_slope
+        rows, hidden = config.expert_ffn_size, config.hidden_size
+        shapes = ((rows, hidden), (rows, hidden), (hidden, rows), (rows,), (rows,), (hidden,))
+        for name, shape in zip(self.NAMES, shapes):
+            self.register_parameter(name, nn.Parameter(torch.empty(count, *shape, device=device)))
+        self.sinks = tuple(GradientSink() for _ in self.NAMES)
+
+    def forward(
+        self, x: Tensor, weights: Tensor, counts: Sequence[int], rows: int, accumulation: Accumulation
+    ) -> Tensor:
+        """See `expert_mlp`. x: [n, w] sorted by expert; weights: [n]; counts: rows of x of each expert."""
+        parameters = [getattr(self, name) for name in self.NAMES]
+        return expert_mlp(x, weights, parameters, counts, rows, self.limit, self.slope, self.sinks, accumulation)

@@ -1,0 +1,56 @@
+"""Opening a canonical checkpoint for an operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_adamba.checkpoint.canonical import WEIGHT_PREFIX
+from megatron_adamba.checkpoint.offline import (
+    CANONICAL,
+    OpenCheckpoint,
+    check_weights,
+    find_checkpoint,
+    open_checkpoint,
+)
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.errors import CheckpointError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class CanonicalSource:
+    """Names and shapes of all its weights are those of its config's model."""
+
+    opened: OpenCheckpoint
+    config: ModelConfig
+    """resolved"""
+
+    def read(self, name: str) -> Tensor:
+        return self.opened.read(WEIGHT_PREFIX + name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.opened.infos[WEIGHT_PREFIX + name].dtype
+
+    def tokenizer_files(self) -> list[Path]:
+        """Tokenizers that lie beside the weights, the one that config.json names among them."""
+        data = self.opened.config.get("data")
+        named = data.get("tokenizer") if isinstance(data, dict) else None
+        names = dict.fromkeys([*([Path(named).name] if isinstance(named, str) else []), *TOKENIZER_FILES])
+        return [path for name in names if name and (path := self.opened.folder / name).is_file()]
+
+
+def open_canonical(folder: Path) -> CanonicalSource:
+    """Raises CheckpointError naming the file or tensor that is missing, unknown, damaged or of another shape."""
+    kind, _ = find_checkpoint(folder)
+    if kind != CANONICAL:
+        raise CheckpointError(
+            f"{folder}: is a training checkpoint; make it canonical first: tools/checkpoint.py convert {folder} DST"
+        )
+    opened = open_checkpoint(folder)
+    config, _ = check_weights(opened)
+    return CanonicalSource(opened, config)

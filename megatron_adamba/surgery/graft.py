@@ -1,0 +1,106 @@
+"""Mamba blocks between the blocks of a trained model: new layers whose output is zero at first."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.pattern import parse_pattern
+from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.errors import ConfigError
+from megatron_adamba.model.init import initial_tensor
+from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
+from megatron_adamba.surgery.history import extended_history
+from megatron_adamba.surgery.writing import Job, PlannedTensor
+
+PROMISE = "the logits are the source's at every width: every new block adds zero until it is trained"
+
+
+def graft(source: Path, pattern: str, mamba: dict[str, Any], seed: int) -> Job:
+    """Plan the model of `pattern`, whose blocks without the M are the source's, in order.
+
+    mamba: settings of the new blocks by their name in ModelConfig; what is left out is the source's.
+    seed: with each tensor's new name it decides its initial values, as in a model made from scratch.
+    Raises CheckpointError, ConfigError.
+    """
+    old = open_canonical(source)
+    config = _grafted_config(old.config, pattern, mamba)
+    origins = _origins(config.block_pattern)
+    # vectors (time steps, decays) keep fp32; matrices take the dtype of the trained ones
+    dtype = old.dtype("embedding.weight")
+    plan = []
+    for spec in manifest(config):
+        name = _old_name(spec.name, origins)
+        plan.append(_new(spec, seed, dtype) if name is None else _kept(spec, name, old))
+    values = {**old.opened.config, "model": asdict(config)}
+    arguments = {"pattern": config.block_pattern, "seed": seed, **{key: mamba[key] for key in sorted(mamba)}}
+    history = extended_history(source, "graft", arguments, "canonical")
+    return Job(tuple(plan), values, history, PROMISE, old.tokenizer_files())
+
+
+def _grafted_config(old: ModelConfig, pattern: str, mamba: dict[str, Any]) -> ModelConfig:
+    try:
+        letters = "".join(parse_pattern(pattern, None))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--model.block_pattern", "--pattern")) from None
+    if "M" in old.block_pattern:
+        raise ConfigError(f"--pattern {pattern}: the source has M blocks already ({old.block_pattern})")
+    if letters.replace("M", "") != old.block_pattern:
+        raise ConfigError(
+            f"--pattern {pattern}: without its M blocks it is {letters.replace('M', '')}, the source is "
+            f"{old.block_pattern}; old blocks stay, in order, for example --pattern {_example(old.block_pattern)}"
+        )
+    if "M" not in letters:
+        raise ConfigError(f"--pattern {pattern}: adds no M block; for example --pattern {_example(old.block_pattern)}")
+    config = replace(old, block_pattern=letters, num_layers=None, **mamba)
+    try:
+        config.check()
+        return resolve_model(config)
+    except ConfigError as error:
+        raise ConfigError(_as_flags(str(error))) from None
+
+
+def _as_flags(text: str) -> str:
+    """Our own spelling of the settings: --mamba-num-heads for --model.mamba_num_heads."""
+    words = (
+        "--" + word.removeprefix("--model.").replace("_", "-") if word.startswith("--model.mamba_") else word
+        for word in text.split(" ")
+    )
+    return " ".join(words)
+
+
+def _example(letters: str) -> str:
+    """One M behind every second block."""
+    return "".join(letters[i : i + 2] + "M" for i in range(0, len(letters), 2))
+
+
+def _origins(new: str) -> dict[int, int]:
+    """Place of a block in the new pattern -> its place in the old one; M blocks have none."""
+    kept = [index for index, letter in enumerate(new) if letter != "M"]
+    return {place: index for index, place in enumerate(kept)}
+
+
+def _old_name(name: str, origins: dict[int, int]) -> str | None:
+    """Name of the tensor in the source, None for one of a new block."""
+    if not name.startswith("blocks."):
+        return name
+    _, index, rest = name.split(".", 2)
+    place = origins.get(int(index))
+    return None if place is None else f"blocks.{place}.{rest}"
+
+
+def _kept(spec: ParamSpec, name: str, old: CanonicalSource) -> PlannedTensor:
+    return PlannedTensor(spec.name, spec.shape, old.dtype(name), name, partial(old.read, name))
+
+
+def _new(spec: ParamSpec, seed: int, matrix_dtype: torch.dtype) -> PlannedTensor:
+    dtype = torch.float32 if spec.kind == "vector" else matrix_dtype
+    return PlannedTensor(
+        spec.name, spec.shape, dtype, f"new: {spec.init}", lambda: initial_tensor(spec, seed).to(dtype)
+    )

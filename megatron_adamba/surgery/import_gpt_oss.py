@@ -1,0 +1,181 @@
+"""GPT-OSS checkpoints (OpenAI's and transformers', bf16, fp32 and MXFP4) as canonical ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.data.tokenizer import load_tokenizer
+from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
+from megatron_adamba.surgery.gpt_oss_config import OPENAI, read_gpt_oss_config
+from megatron_adamba.surgery.history import extended_history
+from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES, dequantize
+from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_json
+from megatron_adamba.surgery.writing import Job, PlannedTensor
+
+PROMISE = "the logits at full width are the source's; gains are new and one"
+
+
+def import_gpt_oss(source: Path, widths: Sequence[int] | None = None, tokenizer: Path | None = None) -> Job:
+    """Check a GPT-OSS folder from headers alone and plan its canonical checkpoint.
+
+    widths: of the nest; None takes 1/16, 1/4, 1/2 and all of the hidden size where these are whole numbers, else
+    all of it. tokenizer: file to copy; None takes the source's tokenizer.json where there is one.
+    Raises CheckpointError, ConfigError (widths), TokenizerError.
+    """
+    config_path = source / "config.json"
+    tensors = TensorFolder(source)
+    layout_name, config = read_gpt_oss_config(config_path, read_json(config_path))
+    config = _resolve(config, config_path, widths)
+    plan = _Importer(tensors, LAYOUTS[layout_name], config).plan()
+    values: dict[str, Any] = {"model": asdict(config)}
+    tokenizer_file = tokenizer or _own_tokenizer(source, layout_name)
+    if tokenizer_file is not None:
+        values |= _tokenizer_settings(tokenizer_file, config.vocab_size)
+    arguments = {"widths": config.widths, "tokenizer": tokenizer_file.name if tokenizer_file else None}
+    history = extended_history(source, "import gpt-oss", arguments, layout_name)
+    return Job(plan, values, history, PROMISE, [tokenizer_file] if tokenizer_file else [])
+
+
+def _resolve(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> ModelConfig:
+    try:
+        config.check()
+        resolve_model(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    hidden = config.hidden_size
+    if widths is None:
+        widths = [hidden // 16, hidden // 4, hidden // 2, hidden] if hidden % 16 == 0 else [hidden]
+    try:
+        return resolve_model(replace(config, widths=list(widths)))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--model.widths", "--widths")) from None
+
+
+def _own_tokenizer(source: Path, layout: str) -> Path | None:
+    """tokenizer.json of the source; a release keeps the one of its `original` folder beside that."""
+    folders = [source, source.parent] if layout == OPENAI and source.name == "original" else [source]
+    return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
+
+
+def _tokenizer_settings(path: Path, vocab_size: int) -> dict[str, Any]:
+    """What config.json says of a tokenizer that lies beside it."""
+    tokenizer = load_tokenizer(str(path))
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(
+            f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, the model's vocabulary is {vocab_size}"
+        )
+    return {"data": {"tokenizer": path.name}, "tokenizer_hash": tokenizer.hash}
+
+
+@dataclass
+class _Importer:
+    source: TensorFolder
+    layout: Layout
+    config: ModelConfig
+
+    def plan(self) -> tuple[PlannedTensor, ...]:
+        """Every canonical tensor; every tensor of the source is used, or the first that is not is named."""
+        used: set[str] = set()
+        planned = []
+        for spec in manifest(self.config):
+            if spec.group == "gain":
+                planned.append(_new_gain(spec))
+                continue
+            place = self.layout.place(spec.name)
+            planned.append((self._expert_matrix if place.expert_matrix else self._plain)(spec, place, used))
+        if extra := sorted(set(self.source.entries) - used):
+            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+            raise CheckpointError(f"{self.source.folder}: tensor {extra[0]}{more} has no place in a GPT-OSS model")
+        return tuple(planned)
+
+    def _claim(self, name: str, shape: tuple[int, ...], used: set[str], dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
+        """Check the tensor and mark it as used; returns its dtype."""
+        entry = self.source.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.source.folder}: has no tensor {name}")
+        found = entry.info
+        if found.dtype not in dtypes:
+            wanted = " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes)
+            raise CheckpointError(f"{entry.path}: {name} is {DTYPE_NAMES[found.dtype]}, must be {wanted}")
+        if found.shape != shape:
+            raise CheckpointError(f"{entry.path}: {name} has shape {found.shape}, config.json makes it {shape}")
+        used.add(name)
+        return found.dtype
+
+    def _plain(self, spec: ParamSpec, place: Place, used: set[str]) -> PlannedTensor:
+        shape = source_shape(self.config, spec, place, transposed=False)
+        dtype = self._claim(place.name, shape, used, (torch.bfloat16, torch.float32))
+        origin, make = _origin(place, place.name), partial(self.source.read, place.name)
+        if place.part in ("q", "k", "v"):
+            first, stop = fused_rows(self.config, place.part)
+            origin = f"{place.name}, rows {first} to {stop - 1}"
+            make = partial(self.source.rows, place.name, first, stop)
+        elif place.part in ("gate", "up"):
+            make = lambda: self.source.read(place.name)[:, _rows(place)]
+        return PlannedTensor(spec.name, spec.shape, dtype, origin, make)
+
+    def _expert_matrix(self, spec: ParamSpec, place: Place, used: set[str]) -> PlannedTensor:
+        """What the tensor is, its dtype says: names ending in `_blocks` were given to bf16 tensors too."""
+        packed, scales = place.name + self.layout.blocks_suffix, place.name + self.layout.scales_suffix
+        held = [name for name in (place.name, packed) if name in self.source.entries]
+        if len(held) > 1:
+            raise CheckpointError(f"{self.source.folder}: holds both {held[0]} and {held[1]}; one of them is too many")
+        name = held[0] if held else place.name
+        if name == packed and self.source.entries[name].info.dtype == torch.uint8:
+            return self._packed_matrix(spec, place, packed, scales, used)
+        transposed = self.layout.transposed
+        shape = source_shape(self.config, spec, place, transposed)
+        dtype = self._claim(name, shape, used, (torch.bfloat16, torch.float32))
+        origin = _origin(place, name) + (", transposed" if transposed else "")
+        read = partial(self._expert, name, _rows(place), transposed)
+        return PlannedTensor(spec.name, spec.shape, dtype, origin, partial(_all_experts, spec.shape, dtype, read))
+
+    def _packed_matrix(self, spec: ParamSpec, place: Place, packed: str, scales: str, used: set[str]) -> PlannedTensor:
+        experts, rows, inputs = source_shape(self.config, spec, place, transposed=False)
+        if inputs % BLOCK_VALUES:
+            raise CheckpointError(f"{self.source.folder}: {packed} is MXFP4, but {inputs} inputs are no multiple of 32")
+        shape = (experts, rows, inputs // BLOCK_VALUES)
+        self._claim(packed, (*shape, BLOCK_VALUES // 2), used, (torch.uint8,))
+        self._claim(scales, shape, used, (torch.uint8,))
+        read = partial(self._dequantized_expert, packed, scales, _rows(place))
+        make = partial(_all_experts, spec.shape, torch.bfloat16, read)
+        return PlannedTensor(spec.name, spec.shape, torch.bfloat16, _origin(place, packed) + ", MXFP4", make)
+
+    def _expert(self, name: str, rows: slice, transposed: bool, expert: int) -> Tensor:
+        matrix = self.source.rows(name, expert, expert + 1)[0]
+        return (matrix.T if transposed else matrix)[rows]
+
+    def _dequantized_expert(self, packed: str, scales: str, rows: slice, expert: int) -> Tensor:
+        values, powers = (self.source.rows(name, expert, expert + 1)[0, rows] for name in (packed, scales))
+        return dequantize(values, powers, torch.bfloat16, f"{self.source.folder}: {scales}")
+
+
+def _all_experts(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[int], Tensor]) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    for expert in range(shape[0]):
+        out[expert] = read(expert)
+    return out
+
+
+def _rows(place: Place) -> slice:
+    """Of an expert's outputs: gate and up take turns."""
+    return {"all": slice(None), "gate": slice(0, None, 2), "up": slice(1, None, 2)}[place.part]
+
+
+def _origin(place: Place, name: str) -> str:
+    return name if place.part == "all" else f"{name}, {'odd' if place.part == 'up' else 'even'} rows"
+
+
+def _new_gain(spec: ParamSpec) -> PlannedTensor:
+    return PlannedTensor(spec.name, spec.shape, torch.float32, "new: ones", partial(torch.ones, spec.shape))

@@ -1,0 +1,132 @@
+"""Tensors of somebody else's safetensors files, whole or by rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_adamba.checkpoint.canonical import read_tensor
+from megatron_adamba.checkpoint.shards import TensorInfo
+from megatron_adamba.errors import CheckpointError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "uint8"}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is, and what."""
+
+    path: Path
+    info: TensorInfo
+
+
+class TensorFolder:
+    """All tensors of a folder of safetensors files; with an index, of the files that it names.
+
+    Raises CheckpointError naming a file that is missing, damaged, a pickle, or holds what the index does not say.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        places = _read_index(folder)
+        self.entries: dict[str, Entry] = {}
+        for path in _tensor_files(folder, places):
+            for name, info in _read_infos(path):
+                if name in self.entries:
+                    raise CheckpointError(f"{path}: tensor {name} is in {self.entries[name].path.name} too")
+                self.entries[name] = Entry(path, info)
+        for name, file in (places or {}).items():
+            if name not in self.entries or self.entries[name].path.name != file:
+                raise CheckpointError(f"{folder / file}: has no tensor {name}, though the index says so")
+        if places is not None and (unlisted := sorted(set(self.entries) - set(places))):
+            raise CheckpointError(f"{self.entries[unlisted[0]].path}: tensor {unlisted[0]} is not in the index")
+
+    def read(self, name: str) -> Tensor:
+        return read_tensor(self.entries[name].path, name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start .. stop - 1 of the leading axis; no more is read."""
+        path = self.entries[name].path
+        try:
+            with safe_open(path, framework="pt") as stream:
+                return stream.get_slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint. Raises CheckpointError."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; give the folder of a checkpoint") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); restore the file") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: damaged (not a JSON object); restore the file")
+    return values
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> file of the folder's index; None where there is none."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint")
+    found = sorted(folder.glob("*.safetensors.index.json"))
+    if not found:
+        return None
+    if len(found) > 1:
+        raise CheckpointError(f"{found[1]}: a second index beside {found[0].name}; keep the one that counts")
+    places = read_json(found[0]).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise CheckpointError(f"{found[0]}: damaged (no weight_map); restore the file")
+    return places
+
+
+def _tensor_files(folder: Path, places: dict[str, str] | None) -> list[Path]:
+    if places is None:
+        files = sorted(folder.glob("*.safetensors"))
+    else:
+        files = [folder / name for name in sorted(set(places.values()))]
+    for path in files:
+        if path.suffix in _PICKLES:
+            raise _pickle_error(path)
+        if path.parent != folder or not path.is_file():
+            raise CheckpointError(f"{path}: missing, though the index names it")
+    if files:
+        return files
+    pickles = [path for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
+    raise (
+        _pickle_error(pickles[0])
+        if pickles
+        else CheckpointError(f"{folder}: holds no .safetensors file; give the folder of a checkpoint")
+    )
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: is a pickle, which can run code when it is read; convert it to safetensors first")
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})")
+
+
+def _read_infos(path: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """From the header, which the library compares with the size of the file."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            for name in sorted(stream.keys()):
+                part = stream.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}; one of {', '.join(DTYPES)} is read")
+                yield name, TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
