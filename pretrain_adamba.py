@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
-from megatron_adamba.config.script import INTERRUPTED
+from megatron_adamba.config.script import INTERRUPTED, leave
 from megatron_adamba.errors import AdambaError, LostRankError
 from megatron_adamba.files import as_storage_error
 
@@ -112,4 +112,4 @@ def log_to_file(run_dir: Path, rank: int) -> None:
 if __name__ == "__main__":
     # torch prints a C++ stack where a peer's store is gone; what that means is said in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from megatron_adamba.errors import AdambaError, StorageError
 
@@ -29,6 +32,18 @@ def run_script(main: Callable[[list[str]], int]) -> None:
         _fail(f"{where}{error.strerror}; free space or choose a folder that can be written", StorageError.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process of a distributed run with `code`, its output and its exit functions done.
+
+    The interpreter is not taken apart: threads of the process group that DeepSpeed still holds may run into that and
+    abort, and the launcher would see 134 in place of `code`.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _fail(message: str, code: int) -> None:

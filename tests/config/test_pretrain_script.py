@@ -52,3 +52,22 @@ def test_without_data_it_says_what_to_give():
     result = run("--preset", "transformer-d20", "--train.global_batch_size", "8")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: --data.tokenizer: not given; try --data.tokenizer bytes")
+
+
+def test_leaving_runs_exit_functions_and_nothing_else():
+    """Output and exit functions are done; objects of the interpreter are not taken apart, as threads may use them."""
+    program = """
+import atexit, logging, sys
+from megatron_adamba.config.script import leave
+class Held:
+    def __del__(self):
+        print("taken apart")
+held = Held()
+handler = logging.StreamHandler(sys.stdout)
+handler.close = lambda: print("log closed")
+atexit.register(print, "exit function")
+print("output", end=" ")
+leave(7)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split("\n")) == (7, ["output exit function", "log closed", ""]), done.stderr
