@@ -13,10 +13,11 @@ from megatron_adamba.errors import ConfigError
 def resolve_model(config: ModelConfig, vocab_size: int | None = None) -> ModelConfig:
     """The same model with nothing left to derive; what layers, manifest and checkpoints read.
 
-    vocab_size: the tokenizer's; must agree with `config.vocab_size` where both are given.
+    vocab_size: the tokenizer's, which must fit into `config.vocab_size` where both are given: published models have
+    rows that no token uses.
     Idempotent. Raises ConfigError.
     """
-    if vocab_size is not None and config.vocab_size not in (None, vocab_size):
+    if vocab_size is not None and config.vocab_size is not None and config.vocab_size < vocab_size:
         raise ConfigError(
             f"--model.vocab_size {config.vocab_size}: the tokenizer has {vocab_size} tokens; leave the flag out"
         )

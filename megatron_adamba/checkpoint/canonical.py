@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +123,12 @@ def read_tensor(path: Path, name: str) -> Tensor:
         raise CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})") from None
 
 
-def load_into(module: torch.nn.Module, folder: Path) -> None:
+def load_into(
+    module: torch.nn.Module, folder: Path, share: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
+) -> None:
     """Fill a model; names and shapes are checked against the index and each tensor before it is copied.
 
+    share: what the module holds of a whole tensor, by its name.
     Raises CheckpointError naming the first tensor that is missing, unknown or of another shape.
     """
     parameters = dict(module.named_parameters())
@@ -136,11 +139,12 @@ def load_into(module: torch.nn.Module, folder: Path) -> None:
         raise CheckpointError(f"{folder}: tensor {unknown[0]} has no place in this model")
     with torch.no_grad():
         for name, tensor in read_tensors(folder):
-            if tensor.shape != parameters[name].shape:
+            part = share(name, tensor)
+            if part.shape != parameters[name].shape:
                 raise CheckpointError(
-                    f"{folder}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(parameters[name].shape)}"
+                    f"{folder}: {name} has shape {tuple(part.shape)}, the model's is {tuple(parameters[name].shape)}"
                 )
-            parameters[name].copy_(tensor)
+            parameters[name].copy_(part)
 
 
 def canonical_from_training(checkpoint: Path, folder: Path, extra_files: Iterable[Path] = ()) -> None:

@@ -15,11 +15,12 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_adamba.config.depth import REASONS, derive_from_depth
 from megatron_adamba.config.model import NestRow
-from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config
 from megatron_adamba.config.rules import nearest
 from megatron_adamba.errors import ConfigError
 
 _DEPTH = "depth"
+_INIT_FROM = "checkpoint.init_from"
 
 
 @dataclass
@@ -70,7 +71,7 @@ def build_parser(prog: str) -> ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str], prog: str = "pretrain_adamba.py") -> ParsedArguments:
-    """Layers, lowest first: defaults, preset, `--config` file, command line.
+    """Layers, lowest first: defaults, preset, the model of `--checkpoint.init_from`, `--config` file, command line.
 
     `depth` in any of the last three derives values that lie right under the other values of its own layer.
     Raises ConfigError, one line, with the nearest known name for a typo.
@@ -87,6 +88,9 @@ def parse_arguments(argv: Sequence[str], prog: str = "pretrain_adamba.py") -> Pa
         path = given["config"]
         layers.append((path, _typed(parser, _file_values(path), path, known)))
     layers.append(("command line", _flatten(given)))
+    start = next((layer[_INIT_FROM] for _, layer in reversed(layers) if _INIT_FROM in layer), None)
+    if start is not None:
+        layers.insert(0 if given.get("preset") is None else 1, (start, _starting_values(start)))
     return _merge(parser, layers, given)
 
 
@@ -175,6 +179,14 @@ def _file_values(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: must hold sections such as `model:`, as the presets do")
     return values
+
+
+def _starting_values(folder: str) -> dict[str, Any]:
+    """Model and tokenizer of a canonical checkpoint, flat."""
+    model = read_model_config(folder)
+    values = {f"model.{entry.name}": getattr(model, entry.name) for entry in dataclasses.fields(model)}
+    tokenizer = find_tokenizer(Path(folder))
+    return values | ({} if tokenizer is None else {"data.tokenizer": tokenizer})
 
 
 def _typed(parser: ArgumentParser, values: dict[str, Any], source: str, known: list[str]) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from megatron_adamba.config.sections import (
 )
 from megatron_adamba.errors import ConfigError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""names under which a checkpoint carries its tokenizer, where config.json names no other"""
+
 
 @dataclass
 class AdambaConfig:
@@ -64,8 +67,8 @@ def model_config_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
     return config
 
 
-def read_model_config(folder: str | Path) -> ModelConfig:
-    """The model section of `FOLDER/config.json`."""
+def read_run_config(folder: str | Path) -> dict[str, Any]:
+    """`FOLDER/config.json`, which has a model section. Raises ConfigError."""
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text())
@@ -73,4 +76,22 @@ def read_model_config(folder: str | Path) -> ModelConfig:
         raise ConfigError(f"{path}: cannot be read as JSON ({error}); give a folder that holds a checkpoint") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ConfigError(f"{path}: has no `model` section; give a folder that holds a canonical checkpoint")
-    return model_config_from_dict(values["model"], str(path))
+    return values
+
+
+def read_model_config(folder: str | Path) -> ModelConfig:
+    """The model section of `FOLDER/config.json`."""
+    return model_config_from_dict(read_run_config(folder)["model"], str(Path(folder) / "config.json"))
+
+
+def find_tokenizer(folder: Path) -> str | None:
+    """What `--data.tokenizer` would be for the canonical checkpoint in a folder: a file beside the weights, the one
+    that config.json names or one of the usual names; else what config.json says; None where it says nothing.
+
+    Raises ConfigError where config.json cannot be read.
+    """
+    values = read_run_config(folder)
+    data = values.get("data")
+    named = data.get("tokenizer") if isinstance(data, dict) else None
+    names = [*([Path(named).name] if isinstance(named, str) else []), *TOKENIZER_FILES]
+    return next((str(folder / name) for name in names if (folder / name).is_file()), named)

@@ -147,6 +147,8 @@ class CheckpointConfig:
     """training checkpoints that stay on disk"""
     asynchronous: bool = False
     """training goes on as soon as weights and optimizer state are copied to host memory; needs that memory"""
+    init_from: str | None = None
+    """canonical checkpoint (RUN/model, or what surgery wrote): a fresh start takes its weights, model and tokenizer"""
     resume: str = "never"
     """auto (the latest of the run's folder, or a fresh start) | never | a checkpoint folder"""
 

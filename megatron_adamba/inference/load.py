@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_adamba.checkpoint.canonical import CONFIG_FILE, load_into
-from megatron_adamba.config.root import read_model_config
+from megatron_adamba.checkpoint.canonical import load_into
+from megatron_adamba.config.root import find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
@@ -51,21 +50,13 @@ def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | N
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    values = json.loads((folder / CONFIG_FILE).read_text())
-    spec = values.get("data", {}).get("tokenizer")
-    held = [name for name in _tokenizer_names(folder, spec) if (folder / name).is_file()]
-    if not held and spec is None:
+    found = find_tokenizer(folder)
+    if found is None:
         raise TokenizerError(f"{folder}: holds no tokenizer, and its config.json names none; copy tokenizer.json there")
-    tokenizer = load_tokenizer(str(folder / held[0]) if held else spec)
-    wanted = values.get("tokenizer_hash")
+    tokenizer = load_tokenizer(found)
+    wanted = read_run_config(folder).get("tokenizer_hash")
     if wanted is not None and tokenizer.hash != wanted:
         raise TokenizerError(
             f"{folder}: its tokenizer is not the one it was trained with ({wanted[:12]}); restore the file"
         )
     return tokenizer
-
-
-def _tokenizer_names(folder: Path, spec: str | None) -> list[str]:
-    """The file that the run copied in, whatever its name, then the usual ones."""
-    own = [Path(spec).name] if spec is not None and (folder / Path(spec).name).is_file() else []
-    return [*own, "tokenizer.json", "tokenizer.model"]

@@ -69,8 +69,12 @@ class AdambaModel(nn.Module):
         parameters = dict(self.named_parameters())
         with torch.no_grad():
             for spec in manifest(self.config):
-                parameters[spec.name].copy_(cut(spec, initial_tensor(spec, seed), *self.share_of(spec)))
+                parameters[spec.name].copy_(self.share(spec, initial_tensor(spec, seed)))
         return self
+
+    def share(self, spec: ParamSpec, whole: Tensor) -> Tensor:
+        """What this rank holds of a canonical tensor."""
+        return cut(spec, whole, *self.share_of(spec))
 
     def share_of(self, spec: ParamSpec) -> tuple[int, int]:
         """How many ranks a parameter is cut into, and which part is this rank's."""

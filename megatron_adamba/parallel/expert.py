@@ -32,12 +32,13 @@ class ExpertParallel:
 
 
 class Journey:
-    """The way of one batch of rows to their experts' ranks and back; the host learns all counts at once."""
+    """The way of one batch of rows to their experts' ranks and back; the host learns all counts at once, or none where
+    no row travels."""
 
     def __init__(self, ep: ExpertParallel, counts: Tensor) -> None:
         self.ep = ep
         if ep.size == 1:
-            self.counts = counts.tolist()
+            self.counts = counts
             return
         received = torch.empty_like(counts)
         dist.all_to_all_single(received, counts, group=ep.group)
@@ -47,8 +48,8 @@ class Journey:
         by_source = [got[r * experts : (r + 1) * experts] for r in range(ep.size)]
         self.sizes_out = [sum(sent[r * experts : (r + 1) * experts]) for r in range(ep.size)]
         self.sizes_in = [sum(row) for row in by_source]
-        self.counts = [sum(row[e] for row in by_source) for e in range(experts)]
-        """rows of each of this rank's experts, from all ranks"""
+        self.counts = received.view(ep.size, experts).sum(0)
+        """[experts of this rank] int64: rows of each from all ranks"""
         self.order = _by_expert(by_source).to(counts.device)
         self.place = torch.empty_like(self.order)
         self.place[self.order] = torch.arange(self.order.numel(), device=counts.device)

@@ -17,9 +17,8 @@ from megatron_adamba.checkpoint.offline import (
     open_checkpoint,
 )
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.root import TOKENIZER_FILES
 from megatron_adamba.errors import CheckpointError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)

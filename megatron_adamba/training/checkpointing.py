@@ -10,18 +10,14 @@ import torch.distributed as dist
 from megatron_adamba.checkpoint.background import BackgroundSaver
 from megatron_adamba.checkpoint.canonical import canonical_from_training
 from megatron_adamba.checkpoint.training import (
-    latest_checkpoint,
     read_state,
     together,
     verify_files,
 )
 from megatron_adamba.engine.state import own_fragments, restore
-from megatron_adamba.errors import CheckpointError, ConfigError
+from megatron_adamba.errors import CheckpointError
 from megatron_adamba.training.run import Run
-
-
-def checkpoint_root(run: Run) -> Path:
-    return run.run_dir / "checkpoints"
+from megatron_adamba.training.start import checkpoint_root
 
 
 def start_saving(run: Run, saver: BackgroundSaver, counters: dict[str, Any]) -> None:
@@ -31,28 +27,7 @@ def start_saving(run: Run, saver: BackgroundSaver, counters: dict[str, Any]) -> 
     config["tokenizer_hash"] = run.plan.tokenizer.hash
     state = {"counters": dict(counters), "config": config}
     keep = run.plan.config.checkpoint.keep_last
-    saver.start(checkpoint_root(run), counters["step"], fragments, state, keep)
-
-
-def find_resume(run: Run) -> Path | None:
-    """The checkpoint that `--checkpoint.resume` asks for, None for a fresh start.
-
-    Raises CheckpointError where it is not there, ConfigError where a fresh start would write over an earlier run.
-    """
-    wanted = run.plan.config.checkpoint.resume
-    if wanted == "never":
-        if latest_checkpoint(checkpoint_root(run)) is not None:
-            raise ConfigError(
-                f"--logging.run_dir {run.run_dir}: holds checkpoints of an earlier run; go on with --resume auto, "
-                f"or give another folder, for example --logging.run_dir {run.run_dir}-2"
-            )
-        return None
-    if wanted == "auto":
-        return latest_checkpoint(checkpoint_root(run))
-    folder = Path(wanted)
-    if not folder.is_dir():
-        raise CheckpointError(f"--resume {wanted}: no such folder; try --resume auto")
-    return folder
+    saver.start(checkpoint_root(run.plan.config), counters["step"], fragments, state, keep)
 
 
 def resume(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:

@@ -77,6 +77,8 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
         f"sampling   {config.elastic.width_sampling}, {run.sampler.passes} pass(es) of each micro-batch",
         f"optimizer  {config.optimizer.name}, {config.optimizer.schedule}, {config.train.steps} steps",
     ]
+    if config.checkpoint.init_from is not None:
+        lines.append(f"weights    of {config.checkpoint.init_from}, where there is nothing to resume")
     lines += [f"kernel     {name}: {choice}" for name, choice in available_kernels().items()]
     lines += [f"--depth {parsed.depth}   {key} = {value}  ({REASONS[key]})" for key, value in parsed.derived.items()]
     for line in lines:

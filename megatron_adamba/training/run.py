@@ -33,6 +33,7 @@ from megatron_adamba.parallel.expert import expert_parallel
 from megatron_adamba.parallel.tensor import tensor_parallel
 from megatron_adamba.parallel.topology import RankGrid, build_topology
 from megatron_adamba.training.freeze import freeze_groups
+from megatron_adamba.training.start import check_start, find_resume, load_start
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Run:
 
 
 def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
-    """Check everything that can be checked at parse time. Raises ConfigError, TokenizerError."""
+    """Check everything that can be checked at parse time. Raises ConfigError, TokenizerError, CheckpointError."""
     config = parsed.config
     if config.data.tokenizer is None:
         raise ConfigError("--data.tokenizer: not given; try --data.tokenizer bytes")
@@ -77,6 +78,8 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
     grid = RankGrid(world_size, config.parallel.tp, config.parallel.pp, config.parallel.ep)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.checkpoint.init_from is not None:
+        check_start(config.checkpoint.init_from, tokenizer)
     config = replace(config, model=resolve_model(config.model, tokenizer.vocab_size))
     # once more, as some rules look at the vocabulary
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
@@ -97,7 +100,10 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
         ep=expert_parallel(topology),
         moe_layer=moe_layer_for(topology, _experts_train(plan)),
     )
-    model.initialize(config.train.seed)
+    if config.checkpoint.init_from is not None and find_resume(config) is None:
+        load_start(model, plan.specs, config.checkpoint.init_from)
+    else:
+        model.initialize(config.train.seed)
     frozen = freeze_groups(model, plan.specs, config.train.freeze, config.train.phase)
     session = TrainingSession(model, plan.specs, config.optimizer, plan.ds_config, rank_info, topology)
     sampler = PlanSampler(config.model, config.elastic, config.train.seed)

@@ -20,7 +20,7 @@ from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans
 from megatron_adamba.files import as_storage_error
 from megatron_adamba.layers.moe.statistics import RouterStatistics
-from megatron_adamba.training.checkpointing import find_resume, resume, start_saving, write_final_model
+from megatron_adamba.training.checkpointing import resume, start_saving, write_final_model
 from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor
 from megatron_adamba.training.peak import matmul_rate
@@ -28,6 +28,7 @@ from megatron_adamba.training.progress import ProgressView
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.schedule import learning_rate_factor
 from megatron_adamba.training.signals import StopRequest
+from megatron_adamba.training.start import find_resume
 
 
 class Trainer:
@@ -91,7 +92,7 @@ class Trainer:
         return MetricsWriter(self.config, self.run.run_dir, self.counters["step"])
 
     def _maybe_resume(self) -> None:
-        folder = find_resume(self.run)
+        folder = find_resume(self.config)
         if folder is None:
             return
         self.counters, report = resume(self.run, folder)

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from megatron_adamba.ops.activation import clamped_swiglu
+from megatron_adamba.ops.expert_call import ExpertCall
 from megatron_adamba.ops.expert_mlp import expert_mlp
+from megatron_adamba.ops.grouped_experts import GroupedExperts, grouped_served
 from megatron_adamba.ops.nested_linear import Accumulation, GradientSink
 from megatron_adamba.ops.permute import Dispatch
 
-EXPERTS, ROWS, COLS, LIMIT, SLOPE = 5, 12, 10, 1.5, 1.702
+EXPERTS, ROWS, COLS, LIMIT, SLOPE = 5, 16, 12, 1.5, 1.702
 SHAPES = ((ROWS, COLS), (ROWS, COLS), (COLS, ROWS), (ROWS,), (ROWS,), (COLS,))
 
 
@@ -19,14 +21,14 @@ def parameters(dtype=torch.float32) -> list[torch.Tensor]:
     return [torch.randn(EXPERTS, *shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
 
 
-def by_hand(x, weights, params, counts, rows):
+def by_hand(x, weights, params, counts, rows, limit=LIMIT):
     gate, up, down, gate_bias, up_bias, down_bias = params
     cols, parts, start = x.shape[1], [], 0
     for e, count in enumerate(counts):
         own = x[start : start + count]
         g = own @ gate[e, :rows, :cols].t() + gate_bias[e, :rows]
         u = own @ up[e, :rows, :cols].t() + up_bias[e, :rows]
-        y = clamped_swiglu(g, u, LIMIT, SLOPE) @ down[e, :cols, :rows].t() + down_bias[e, :cols]
+        y = clamped_swiglu(g, u, limit, SLOPE) @ down[e, :cols, :rows].t() + down_bias[e, :cols]
         parts.append(y * weights[start : start + count, None])
         start += count
     return torch.cat(parts)
@@ -39,18 +41,32 @@ def data(counts, cols, dtype=torch.float32):
     return x, weights
 
 
-def run(x, weights, params, counts, rows, mode=Accumulation.DIRECT, sinks=None):
+def run(x, weights, params, counts, rows, mode=Accumulation.DIRECT, sinks=None, limit=LIMIT):
     sinks = sinks or [GradientSink() for _ in params]
-    return expert_mlp(x, weights, params, counts, rows, LIMIT, SLOPE, sinks, mode)
+    counts = torch.tensor(counts, device=x.device)
+    return expert_mlp(x, weights, params, counts, rows, limit, SLOPE, sinks, mode)
+
+
+def run_grouped(x, weights, params, counts, rows, mode=Accumulation.DIRECT, sinks=None, limit=LIMIT):
+    """By the kernels that serve CUDA devices, which PyTorch also has for a CPU."""
+    sinks = tuple(sinks or [GradientSink() for _ in params])
+    trained = tuple(p.requires_grad for p in params)
+    given = [p.detach() for p in params] if mode is Accumulation.DEFER else params
+    call = ExpertCall(torch.tensor(counts), rows, x.shape[1], limit, SLOPE, mode, sinks, trained)
+    return GroupedExperts.apply(x, weights, None, call, *given)
+
+
+WAYS = pytest.mark.parametrize("run", [run, run_grouped], ids=["loop", "grouped"])
 
 
 def near(got, want):
     assert (got - want).abs().max() <= 1e-5 * max(want.abs().max().item(), 1)
 
 
+@WAYS
 @pytest.mark.parametrize("counts", [(3, 0, 5, 1, 2), (0, 0, 0, 0, 7), (11, 0, 0, 0, 0)])
-@pytest.mark.parametrize(("rows", "cols"), [(12, 10), (4, 3), (12, 3), (4, 10)])
-def test_output_and_gradients(counts, rows, cols):
+@pytest.mark.parametrize(("rows", "cols"), [(16, 12), (4, 4), (16, 8), (4, 12)])
+def test_output_and_gradients(run, counts, rows, cols):
     ours, exact = parameters(), [p.detach().double().requires_grad_() for p in parameters()]
     x, weights = data(counts, cols)
     x64, weights64 = (t.detach().double().requires_grad_() for t in (x, weights))
@@ -68,6 +84,13 @@ def test_output_and_gradients(counts, rows, cols):
         assert not parameter.grad[outside].any(), "exactly zero outside the slice"
 
 
+def test_odd_sizes():
+    """The loop has no alignment to keep."""
+    ours, exact = parameters(), [p.detach().double() for p in parameters()]
+    x, weights = data((3, 0, 5, 1, 2), 5)
+    near(run(x, weights, ours, (3, 0, 5, 1, 2), 7), by_hand(x.double(), weights.double(), exact, (3, 0, 5, 1, 2), 7))
+
+
 def test_clamping_holds_back_gradients():
     """With a limit that most pre-activations pass, the gradient is still that of the formula."""
     x, weights = data((4, 4, 4, 4, 4), COLS, torch.float64)
@@ -83,9 +106,10 @@ def test_no_tokens_at_all_give_zero_gradients():
     assert all(p.grad is not None and not p.grad.any() for p in params)
 
 
-def test_sums_over_micro_batches_are_handed_over_once():
+@WAYS
+def test_sums_over_micro_batches_are_handed_over_once(run):
     """An expert that is idle in the last micro-batch keeps what it got before."""
-    batches = [((3, 2, 0, 1, 0), 4, 3), ((0, 5, 1, 0, 0), 12, 10), ((0, 0, 4, 0, 0), 4, 10)]
+    batches = [((3, 2, 0, 1, 0), 4, 4), ((0, 5, 1, 0, 0), 16, 12), ((0, 0, 4, 0, 0), 4, 12)]
     params, exact = parameters(), parameters()
     sinks = [GradientSink() for _ in params]
     for number, (counts, rows, cols) in enumerate(batches):
@@ -116,3 +140,72 @@ def test_the_permutation_of_no_tokens():
         0,
         4,
     )
+
+
+@WAYS
+@pytest.mark.parametrize("frozen", [(0, 1, 2, 3, 4, 5), (0, 4)])
+def test_frozen_experts_pass_the_gradient_on(run, frozen):
+    params, exact = parameters(), [p.detach().double() for p in parameters()]
+    for which in frozen:
+        params[which].requires_grad_(False)
+    (x, weights), counts = data((3, 0, 5, 1, 2), COLS), (3, 0, 5, 1, 2)
+    x64 = x.detach().double().requires_grad_()
+    run(x, weights, params, counts, ROWS).square().sum().backward()
+    by_hand(x64, weights.detach().double(), exact, counts, ROWS).square().sum().backward()
+    near(x.grad, x64.grad)
+    assert [p.grad is None for p in params] == [which in frozen for which in range(len(params))]
+
+
+def rounded(device="cpu"):
+    """Parameters of sizes that the grouped kernels take, in bf16, and the same values in float64."""
+    shapes = ((16, 24), (16, 24), (24, 16), (16,), (16,), (24,))
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(EXPERTS, *shape, generator=generator).to(device, torch.bfloat16) for shape in shapes]
+    return (
+        [value.detach().to(kind, copy=True).requires_grad_() for value in values]
+        for kind in (torch.bfloat16, torch.float64)
+    )
+
+
+def compare_rounded(run, counts, rows, cols, params, exact, device="cpu"):
+    """Not further from float64, in norm, than twice what autograd over the formula is in the same dtype.
+
+    Without a limit: a pre-activation that rounding carries across it has another gradient, on either side.
+    """
+    plain = [p.detach().clone().requires_grad_() for p in params]
+    x, weights = (t.detach().to(device) for t in data(counts, cols, torch.bfloat16))
+    want = by_hand(x.double(), weights.double(), exact, counts, rows, limit=0.0)
+    naive = by_hand(x, weights, plain, counts, rows, limit=0.0)
+    out = run(x, weights, params, counts, rows, limit=0.0)
+    assert out.dtype == torch.bfloat16
+    for result in (out, naive, want):
+        result.sum().backward()
+    distance = lambda got, true: ((got.double() - true).norm() / true.norm()).item()
+    pairs = [(out, naive, want), *((p.grad, q.grad, e.grad) for p, q, e in zip(params, plain, exact))]
+    for mine, theirs, true in pairs:
+        assert distance(mine, true) <= 2 * distance(theirs, true) <= 0.02
+
+
+@WAYS
+@pytest.mark.parametrize(("rows", "cols"), [(16, 24), (8, 24), (16, 8)])
+def test_bf16_stays_near(run, rows, cols):
+    compare_rounded(run, (8, 0, 16, 3, 5), rows, cols, *rounded())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", [Accumulation.DIRECT, Accumulation.HAND_OVER])
+@pytest.mark.parametrize(("rows", "cols"), [(16, 24), (8, 24), (16, 8)])
+def test_grouped_kernels_on_a_gpu(mode, rows, cols):
+    """Those of the device, through `expert_mlp` itself, sliced and whole; nothing waits for the device."""
+
+    def run_quietly(x, weights, params, counts, rows, limit):
+        assert grouped_served(x, params, rows)
+        on_device, sinks = torch.tensor(counts, device="cuda"), [GradientSink() for _ in params]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return expert_mlp(x, weights, params, on_device, rows, limit, SLOPE, sinks, mode)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    compare_rounded(run_quietly, (3, 0, 5, 1, 2), rows, cols, *rounded("cuda"), "cuda")

@@ -68,7 +68,7 @@ def environment() -> dict[str, str]:
 
 
 def command(ranks: int, words: list[str]) -> list[str]:
-    """The script by hand for one rank, through DeepSpeed's launcher for more."""
+    """The script as users start it: by hand for one rank, through DeepSpeed's launcher for more."""
     script = str(ROOT / "pretrain_adamba.py")
     if ranks == 1:
         return [sys.executable, script, *words]
@@ -77,11 +77,28 @@ def command(ranks: int, words: list[str]) -> list[str]:
 
 
 def train(ranks: int, words: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(ranks, words), capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=300
-    )
+    """A run to its end, as a plain launcher starts it: one process a rank that finds the others by the environment.
+
+    The result is the first rank's, its exit code the first one that is not zero.
+    """
+    script = [sys.executable, str(ROOT / "pretrain_adamba.py"), *words]
+    port = str(random.randint(20000, 40000))
+    processes = []
+    for rank in range(ranks):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        found = environment() | (places if ranks > 1 else {})
+        processes.append(subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, env=found, cwd=ROOT))
+    try:
+        out, errors = processes[0].communicate(timeout=300)
+        codes = [process.wait(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    done = subprocess.CompletedProcess(script, next((code for code in codes if code), 0), out, errors)
     if check and done.returncode:
-        raise RuntimeError(f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"exits {codes}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done
 
 

@@ -22,8 +22,8 @@ def measure(quick: bool) -> list[Row]:
     hidden, batch, seq, repeats = (64, 2, 32, 2) if quick else (1024, 2, 1024, 5)
     rows = []
     for dtype in DTYPES:
-        for d_state in (16, 8) if quick else (128, 64):
-            for peer_chunk in PEER_CHUNKS:
+        for d_state in (16,) if quick else (128, 64):
+            for peer_chunk in PEER_CHUNKS[:1] if quick else PEER_CHUNKS:
                 size = (hidden, batch, seq, d_state, dtype, peer_chunk)
                 what = f"{dtype} d_state {d_state}, peer's chunk {peer_chunk}"
                 rows.append(_speed(*size, repeats, what))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +29,7 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(count, *shape, device=device)))
         self.sinks = tuple(GradientSink() for _ in self.NAMES)
 
-    def forward(
-        self, x: Tensor, weights: Tensor, counts: Sequence[int], rows: int, accumulation: Accumulation
-    ) -> Tensor:
-        """See `expert_mlp`. x: [n, w] sorted by expert; weights: [n]; counts: rows of x of each expert."""
+    def forward(self, x: Tensor, weights: Tensor, counts: Tensor, rows: int, accumulation: Accumulation) -> Tensor:
+        """See `expert_mlp`. x: [n, w] sorted by expert; weights: [n]; counts: [experts], rows of x of each."""
         parameters = [getattr(self, name) for name in self.NAMES]
         return expert_mlp(x, weights, parameters, counts, rows, self.limit, self.slope, self.sinks, accumulation)

@@ -1,0 +1,79 @@
+"""What a run starts from: its own latest checkpoint, a canonical checkpoint, or random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_adamba.blueprint.manifest import ParamSpec
+from megatron_adamba.checkpoint.canonical import load_into
+from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
+from megatron_adamba.checkpoint.training import latest_checkpoint, together
+from megatron_adamba.config.root import AdambaConfig, read_run_config
+from megatron_adamba.data.tokenizer import Tokenizer
+from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_adamba.model.adamba import AdambaModel
+
+FLAG = "--checkpoint.init_from"
+
+
+def checkpoint_root(config: AdambaConfig) -> Path:
+    """Where a run keeps its training checkpoints."""
+    return Path(config.logging.run_dir) / "checkpoints"
+
+
+def find_resume(config: AdambaConfig) -> Path | None:
+    """The checkpoint that `--checkpoint.resume` asks for, None for a fresh start.
+
+    Raises CheckpointError where it is not there, ConfigError where a fresh start would write over an earlier run.
+    """
+    wanted = config.checkpoint.resume
+    if wanted == "never":
+        if latest_checkpoint(checkpoint_root(config)) is not None:
+            raise ConfigError(
+                f"--logging.run_dir {config.logging.run_dir}: holds checkpoints of an earlier run; go on with "
+                f"--resume auto, or give another folder, for example --logging.run_dir {config.logging.run_dir}-2"
+            )
+        return None
+    if wanted == "auto":
+        return latest_checkpoint(checkpoint_root(config))
+    folder = Path(wanted)
+    if not folder.is_dir():
+        raise CheckpointError(f"--resume {wanted}: no such folder; try --resume auto")
+    return folder
+
+
+def check_start(folder: str, tokenizer: Tokenizer) -> None:
+    """What can be checked before there is a model. Raises ConfigError, CheckpointError, TokenizerError."""
+    kind, _ = find_checkpoint(Path(folder))
+    if kind != CANONICAL:
+        raise CheckpointError(
+            f"{FLAG} {folder}: is a training checkpoint; go on from it with --checkpoint.resume {folder}, or make it "
+            f"canonical first: tools/checkpoint.py convert {folder} DST"
+        )
+    wanted = read_run_config(folder).get("tokenizer_hash")
+    if wanted not in (None, tokenizer.hash):
+        raise TokenizerError(f"{FLAG} {folder}: was trained with another tokenizer; leave --data.tokenizer out")
+
+
+def load_start(model: AdambaModel, specs: Sequence[ParamSpec], folder: str) -> None:
+    """Fill every parameter with this rank's share of the checkpoint's tensors; all ranks fail where one does.
+
+    specs: the model's manifest.
+
+    Raises CheckpointError where files are damaged, ConfigError where the checkpoint holds another model.
+    """
+    together(lambda: _load(model, {spec.name: spec for spec in specs}, Path(folder)))
+
+
+def _load(model: AdambaModel, specs: dict[str, ParamSpec], folder: Path) -> None:
+    held = open_checkpoint(folder).weights
+    for name in sorted(specs.keys() | held.keys()):
+        theirs = held[name].shape if name in held else "none"
+        ours = specs[name].shape if name in specs else "none"
+        if theirs != ours:
+            raise ConfigError(
+                f"{FLAG} {folder}: its {name} has shape {theirs}, that of the model asked for {ours}; leave the "
+                f"--model settings out that differ from {folder / 'config.json'}"
+            )
+    load_into(model, folder, lambda name, whole: model.share(specs[name], whole))
