@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import gc
@@ -81,6 +82,8 @@ def _spare_the_collector() -> None:
     if gc.get_freeze_count() == 0:
         gc.collect()
         gc.freeze()
+        # what is still frozen at the end, libraries report as leaked
+        atexit.register(gc.unfreeze)
 
 
 @contextlib.contextmanager

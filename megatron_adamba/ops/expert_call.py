@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,9 +60,19 @@ def activation_and_slopes(gate: Tensor, up: Tensor, call: ExpertCall) -> tuple[T
     # d(g s) = s + slope g s (1 - s), with s = sigmoid(slope g)
     slope_gate = torch.addcmul(sigmoid, slope_up, 1 - sigmoid, value=call.slope).mul_(shifted)
     if call.limit:
-        slope_gate.masked_fill_(gate > call.limit, 0)
-        slope_up.masked_fill_(up.abs() > call.limit, 0)
+        _keep_within(slope_gate, gate, -math.inf, call.limit)
+        _keep_within(slope_up, up, -call.limit, call.limit)
     return inner, slope_gate, slope_up
+
+
+def _keep_within(slope: Tensor, x: Tensor, low: float, high: float) -> None:
+    """Zero in place where x is outside of [low, high]; one pass, where a comparison and a fill need two slow ones.
+
+    The bounds of hardtanh_backward are excluded, so it gets the next numbers outside, which x's dtype can tell apart.
+    """
+    bounds = torch.tensor((low, high), dtype=x.dtype)
+    low, high = torch.nextafter(bounds, bounds * math.inf).tolist()
+    torch.ops.aten.hardtanh_backward.grad_input(slope, x, low, high, grad_input=slope)
 
 
 class ExpertGradients:
@@ -103,11 +114,11 @@ class ExpertGradients:
         """One expert's gradient of a bias is the sum of grad [n, its length] over n."""
         if not self.call.trained[which]:
             return
-        total = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
         if self.direct:
-            self.call.used(self.full[which], which)[expert] = total
+            self.call.used(self.full[which], which)[expert] = grad.sum(0)
         else:
-            self._slice(which)[expert].add_(total)
+            target = self._slice(which)[expert]
+            target.add_(grad.sum(0, dtype=target.dtype))
 
     def add_all(self, which: int, grads: Tensor) -> None:
         """grads: [experts, ...], the slice's gradient of every expert at once."""

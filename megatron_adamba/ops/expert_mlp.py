@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from megatron_adamba.ops.expert_call import (
 )
 from megatron_adamba.ops.grouped_experts import GroupedExperts, grouped_served
 from megatron_adamba.ops.nested_linear import Accumulation, GradientSink
+
+_SMALLEST_STEP = 16
+"""rows: the smallest difference between padded sizes"""
 
 
 def expert_mlp(
@@ -52,21 +56,25 @@ def expert_mlp(
 
 
 class LoopedExperts(torch.autograd.Function):
-    """Keeps x and what comes out of gate and up; the activation is computed again in backward."""
+    """Keeps x and what comes out of gate and up; the activation is computed again in backward.
+
+    Where products are padded (`_Part`), a product writes beyond its expert's rows, and the next expert, coming later,
+    writes over that; buffers have room for the last one's.
+    """
 
     @staticmethod
     def forward(ctx, x, weights, anchor, call: ExpertCall, *parameters):
-        gate = x.new_empty(x.shape[0], call.rows)
-        up = torch.empty_like(gate)
-        y = torch.empty_like(x)
-        for expert, part in _parts(call):
-            if part.start == part.stop:
-                continue
-            own = _Slices(parameters, expert, call)
-            torch.addmm(own.gate_bias, x[part], own.gate.t(), out=gate[part])
-            torch.addmm(own.up_bias, x[part], own.up.t(), out=up[part])
-            inner = activation(gate[part], up[part], call)
-            torch.addmm(own.down_bias, inner, own.down.t(), out=y[part])
+        parts = _parts(call, x)
+        room = max((part.padded.stop for part in parts), default=0)
+        gate = x.new_empty(room, call.rows)
+        up, y = torch.empty_like(gate), x.new_empty(room, call.cols)
+        for part in parts:
+            own, rows, out = _Slices(parameters, part.expert, call), part.of(x), part.padded
+            torch.addmm(own.gate_bias, rows, own.gate.t(), out=gate[out])
+            torch.addmm(own.up_bias, rows, own.up.t(), out=up[out])
+            inner = activation(gate[out], up[out], call)
+            torch.addmm(own.down_bias, inner, own.down.t(), out=y[out])
+        y = y[: x.shape[0]]
         y.mul_(weights.unsqueeze(1))
         ctx.save_for_backward(x, weights, gate, up, *parameters)
         ctx.call = call
@@ -76,39 +84,83 @@ class LoopedExperts(torch.autograd.Function):
     def backward(ctx, grad):
         x, weights, gate, up, *parameters = ctx.saved_tensors
         call = ctx.call
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        high = torch.promote_types(x.dtype, torch.float32)
-        grad_weights = torch.zeros(weights.shape, dtype=high, device=x.device)
-        sums = ExpertGradients(call, parameters)
-        for expert, part in _parts(call):
-            if part.start == part.stop:
-                sums.clear(expert)
-                continue
-            own = _Slices(parameters, expert, call)
-            inner, slope_gate, slope_up = activation_and_slopes(gate[part], up[part], call)
-            plain = grad[part] @ own.down
-            by_bias = grad[part] @ own.down_bias
-            grad_weights[part] = torch.linalg.vecdot(plain.to(high), inner.to(high)) + by_bias.to(high)
-            scaled = grad[part] * weights[part].unsqueeze(1)
-            sums.add_product(DOWN, expert, scaled, inner)
-            sums.add_sum(DOWN_BIAS, expert, scaled)
-            plain.mul_(weights[part].unsqueeze(1))
-            grad_gate, grad_up = slope_gate.mul_(plain), slope_up.mul_(plain)
-            sums.add_product(GATE, expert, grad_gate, x[part])
-            sums.add_sum(GATE_BIAS, expert, grad_gate)
-            sums.add_product(UP, expert, grad_up, x[part])
-            sums.add_sum(UP_BIAS, expert, grad_up)
+        grad_x = x.new_empty(gate.shape[0], call.cols) if ctx.needs_input_grad[0] else None
+        grad_weights = torch.empty_like(weights)
+        sums, weights = ExpertGradients(call, parameters), weights.unsqueeze(1)
+        parts = _parts(call, x)
+        for expert in set(range(call.counts.numel())) - {part.expert for part in parts}:
+            sums.clear(expert)
+        for part in parts:
+            own, rows = _Slices(parameters, part.expert, call), part.rows
+            inner, slope_gate, slope_up = activation_and_slopes(gate[part.padded], up[part.padded], call)
+            plain = part.of(grad) @ own.down
+            grad_weights[rows] = part.dot(plain, inner) + grad[rows] @ own.down_bias
+            scaled = part.scale(grad[rows], weights[rows])
+            sums.add_product(DOWN, part.expert, scaled, inner)
+            sums.add_sum(DOWN_BIAS, part.expert, scaled)
+            inner_grad = part.scale(plain[: part.count], weights[rows], plain)
+            grad_gate, grad_up = slope_gate.mul_(inner_grad), slope_up.mul_(inner_grad)
+            sums.add_product(GATE, part.expert, grad_gate, part.of(x))
+            sums.add_sum(GATE_BIAS, part.expert, grad_gate)
+            sums.add_product(UP, part.expert, grad_up, part.of(x))
+            sums.add_sum(UP_BIAS, part.expert, grad_up)
             if grad_x is not None:
-                torch.mm(grad_gate, own.gate, out=grad_x[part]).addmm_(grad_up, own.up)
-        return grad_x, grad_weights.to(weights.dtype), None, None, *sums.results()
+                torch.mm(grad_gate, own.gate, out=grad_x[part.padded]).add_(grad_up @ own.up)
+        grad_x = None if grad_x is None else grad_x[: x.shape[0]]
+        return grad_x, grad_weights, None, None, *sums.results()
 
 
-def _parts(call: ExpertCall):
-    """(expert, its rows, maybe none) of every expert."""
-    start = 0
+@dataclass(frozen=True)
+class _Part:
+    """An expert and its rows, of which there is at least one.
+
+    The bf16 products of a CPU are compiled for their very sizes, and as few hundred of them are kept, experts whose
+    counts change with every batch would have theirs compiled again and again: a half of a small layer's time. So there
+    the number of rows is rounded up to one of eight sizes per octave. Rows beyond an expert's own belong to the next
+    experts or are zero, and what they add to gradients is multiplied by zero.
+    """
+
+    expert: int
+    rows: slice
+    padded: slice
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def of(self, x: Tensor) -> Tensor:
+        """[padded rows, ...] of x [n, ...]."""
+        if self.padded.stop <= x.shape[0]:
+            return x[self.padded]
+        rows = x.new_zeros(self.padded.stop - self.padded.start, *x.shape[1:])
+        rows[: self.count] = x[self.rows]
+        return rows
+
+    def dot(self, left: Tensor, right: Tensor) -> Tensor:
+        """[count] products of rows of the expert's own, summed up in at least fp32."""
+        high = torch.promote_types(left.dtype, torch.float32)
+        return (left[: self.count] * right[: self.count]).sum(1, dtype=high)
+
+    def scale(self, x: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [count, ...] times factors [count, 1], then zeros: [padded rows, ...]."""
+        if out is None:
+            out = x.new_empty(self.padded.stop - self.padded.start, x.shape[1])
+        torch.mul(x, factors, out=out[: self.count])
+        out[self.count :].zero_()
+        return out
+
+
+def _parts(call: ExpertCall, x: Tensor) -> list[_Part]:
+    """The experts that have rows."""
+    pad = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    parts, start = [], 0
     for expert, count in enumerate(call.counts.tolist()):
-        yield expert, slice(start, start + count)
+        if count:
+            step = max(_SMALLEST_STEP, 1 << max((count - 1).bit_length() - 4, 0)) if pad else 1
+            padded = -(-count // step) * step
+            parts.append(_Part(expert, slice(start, start + count), slice(start, start + padded)))
         start += count
+    return parts
 
 
 class _Slices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import statistics
@@ -106,13 +107,22 @@ def matmul_rate(dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     return 2 * size**3 / statistics.median(times)
 
 
+_MMAP_THRESHOLD = -3
+"""glibc's M_MMAP_THRESHOLD (malloc.h)"""
+
+
 class PeakMemory:
     """MiB that this process has come to hold, at most, since the object was made.
 
-    Read from /proc: `ru_maxrss` of a fresh process starts at what its parent held.
+    Linux with glibc. Read from /proc: `ru_maxrss` of a fresh process starts at what its parent held.
     """
 
     def __init__(self) -> None:
+        # memory that was freed before but kept for reuse would hide what comes now, so from here on every block of
+        # 64 KiB or more is mapped, and unmapped, by itself
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(_MMAP_THRESHOLD, 1 << 16)
+        allocator.malloc_trim(0)
         # restarts the kernel's high-water mark
         Path("/proc/self/clear_refs").write_text("5")
         self.start = _status_kib("VmRSS")

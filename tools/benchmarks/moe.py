@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 from collections.abc import Callable
@@ -49,8 +50,8 @@ class Size:
 
 
 SIZES = (
-    Size("hidden 1024, 32 experts of 1024, top-4", 1024, 32, 1024, 4, 2048, 5),
-    Size("gpt-oss-tiny", 256, 8, 256, 2, 2048, 10),
+    Size("hidden 1024, 32 experts of 1024, top-4", 1024, 32, 1024, 4, 2048, 12),
+    Size("gpt-oss-tiny", 256, 8, 256, 2, 2048, 20),
 )
 QUICK = (Size("quick", 32, 4, 32, 2, 24, 2),)
 
@@ -67,22 +68,16 @@ def measure(quick: bool) -> list[Row]:
 
 
 def _measure_size(size: Size, dtype: str) -> list[Row]:
-    x = _input(size, dtype)
-    layers = {name: _layer(name, size, dtype) for name in ("ours", *_trainable(size, dtype), DEEPSPEED)}
-    sides = {name: _step(layer, x) for name, layer in layers.items()}
-    times = interleaved(sides, size.repeats, warmup=1)
-    threads = torch.get_num_threads()
-    peaks = {name: in_subprocess(peak_of, name, size, dtype, threads) for name in sides}
-    rows = []
-    for name in sides:
-        if name == "ours":
-            continue
-        rate = lambda side: size.tokens / statistics.median(times[side])
-        ratio = statistics.median(theirs / mine for mine, theirs in zip(times["ours"], times[name]))
+    rows, threads = [], torch.get_num_threads()
+    peak = in_subprocess(peak_of, "ours", size, dtype, threads)
+    for name in (*_trainable(size, dtype), DEEPSPEED):
+        times = in_subprocess(times_of, name, size, dtype, threads)
+        ours, theirs = (size.tokens / statistics.median(seconds) for seconds in times.values())
+        ratio = statistics.median(b / a for a, b in zip(*times.values()))
         label = name if name == DEEPSPEED else f"transformers {name}"
-        rows.append(Row(f"{dtype} {size.name} vs {label}", rate("ours"), rate(name), "tokens/s", ratio))
-        memory = peaks[name] / peaks["ours"]
-        rows.append(Row(f"{dtype} {size.name} vs {label}, peak memory", peaks["ours"], peaks[name], "MiB", memory))
+        rows.append(Row(f"{dtype} {size.name} vs {label}", ours, theirs, "tokens/s", ratio))
+        other = in_subprocess(peak_of, name, size, dtype, threads)
+        rows.append(Row(f"{dtype} {size.name} vs {label}, peak memory", peak, other, "MiB", other / peak))
     return rows
 
 
@@ -106,8 +101,8 @@ def _compare(size: Size, dtype: str) -> None:
             require_small_error(f"{dtype} {size.name}, {name}, {part}", mine, theirs, CLOSE[dtype])
 
 
-def _input(size: Size, dtype: str) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
+def _input(size: Size, dtype: str, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, size.tokens, size.hidden, generator=generator).to(DTYPES[dtype])
 
 
@@ -123,6 +118,12 @@ def _step(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], tuple[Te
         return y.detach(), leaf.grad
 
     return run
+
+
+def _steps(layer: Callable[[Tensor], Tensor], size: Size, dtype: str) -> Callable[[], object]:
+    """A step with another batch at every call, as in training: no expert gets as many tokens as in the last."""
+    seeds = itertools.count(1)
+    return lambda: _step(layer, _input(size, dtype, next(seeds)))()
 
 
 def _layer(name: str, size: Size, dtype: str) -> nn.Module:
@@ -235,14 +236,28 @@ class DeepSpeedLayer(nn.Module):
         return self.moe(x)[0]
 
 
+def times_of(name: str, size: Size, dtype: str, threads: int) -> dict[str, list[float]]:
+    """Seconds of ours and of one other side, taking turns.
+
+    In a process of their own: who asks for more memory than there is (batched_mm may) leaves glibc's heap in a state
+    that has every large block mapped anew, for whoever comes after it.
+    """
+    _start_alone(threads)
+    return interleaved({side: _steps(_layer(side, size, dtype), size, dtype) for side in ("ours", name)}, size.repeats)
+
+
 def peak_of(name: str, size: Size, dtype: str, threads: int) -> float:
-    """MiB that two passes of one side add to a process in which its layer is built."""
+    """MiB that passes of one side add to a process in which its layer is built."""
+    _start_alone(threads)
+    run = _steps(_layer(name, size, dtype), size, dtype)
+    peak = PeakMemory()
+    for _ in range(size.repeats):
+        run()
+    return peak.added()
+
+
+def _start_alone(threads: int) -> None:
     torch.set_num_threads(threads)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)  # the parent's group is not ours
     start_distributed()
-    run = _step(_layer(name, size, dtype), _input(size, dtype))
-    peak = PeakMemory()
-    for _ in range(2):
-        run()
-    return peak.added()
