@@ -25,6 +25,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
     parser.add_argument("--max-tokens", type=int, help="only the first documents up to so many tokens")
     parser.add_argument("--dtype", default="bf16", help="bf16 | fp32")
+    parser.add_argument("--exits", action="store_true", help="full width up to each layer, too")
     parser.add_argument("--plot", metavar="FILE", help="picture: bits per byte against active FLOPs per token")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
     return parser.parse_args(words)
@@ -39,7 +40,7 @@ def main(words: list[str]) -> int:
     from megatron_adamba.data.packed import evaluation_batches
     from megatron_adamba.elastic.plan import uniform_plan
     from megatron_adamba.evaluation.pictures import draw_pareto
-    from megatron_adamba.evaluation.widths import evaluate_plans
+    from megatron_adamba.evaluation.widths import evaluate_plans, exit_plans
     from megatron_adamba.inference.load import load_model
     from megatron_adamba.parallel.topology import single_process
     from megatron_adamba.training.report import print_rows
@@ -49,6 +50,8 @@ def main(words: list[str]) -> int:
     batches = evaluation_batches(indexed, args.seq_len, args.batch_size, loaded.tokenizer.eod_id, args.max_tokens)
     config = loaded.model.config
     plans = [uniform_plan(config, width) for width in config.widths]
+    if args.exits:
+        plans += exit_plans(config, 1, config.num_layers)
 
     def forward(tokens, labels, seq_idx, plan):
         return loaded.model(tokens, labels, seq_idx, plan, reduction="none")
@@ -59,7 +62,7 @@ def main(words: list[str]) -> int:
         report = {"model": args.model, "data": args.data, "dtype": args.dtype, "rows": [asdict(row) for row in rows]}
         write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
     if args.plot:
-        draw_pareto(rows, Path(args.plot))
+        draw_pareto([row for row in rows if row.exit_layer is None], Path(args.plot))
     return 0
 
 

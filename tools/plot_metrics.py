@@ -1,6 +1,7 @@
-"""Draw the curves of a run from its metrics.jsonl.
+"""Draw the curves of a run from its metrics.jsonl, or the losses of several runs of which each goes on with the last.
 
 python tools/plot_metrics.py --metrics runs/quickstart/metrics.jsonl --output runs/quickstart/curves.png
+python tools/plot_metrics.py --metrics runs/phase-1/metrics.jsonl runs/phase-2/metrics.jsonl --output road.png
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -17,22 +19,30 @@ from megatron_adamba.errors import DataError
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", required=True, help="metrics.jsonl of a run")
+    parser.add_argument("--metrics", required=True, nargs="+", help="metrics.jsonl of a run, or of several in order")
     parser.add_argument("--output", required=True, help="picture to write")
     args = parser.parse_args(words)
 
-    from megatron_adamba.evaluation.pictures import draw_curves
+    from megatron_adamba.evaluation.pictures import draw_curves, draw_road
+
+    runs = [(Path(name).parent.name or name, _read(Path(name))) for name in args.metrics]
+    if len(runs) == 1:
+        draw_curves(runs[0][1], Path(args.output))
+    else:
+        draw_road(runs, Path(args.output))
+    print(f"{sum(len(records) for _, records in runs)} records drawn into {args.output}")
+    return 0
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     from megatron_adamba.training.metrics import read_metrics
 
-    path = Path(args.metrics)
     if not path.is_file():
         raise DataError(f"--metrics {path}: no such file; a run leaves one at RUN/metrics.jsonl")
     records = read_metrics(path)
     if not records:
         raise DataError(f"--metrics {path}: holds no records yet; let the run take --logging.interval steps")
-    draw_curves(records, Path(args.output))
-    print(f"{len(records)} records drawn into {args.output}")
-    return 0
+    return records
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 python tools/surgery.py import gpt-oss gpt-oss-20b/original runs/gpt-oss-20b
 python tools/surgery.py graft runs/gpt-oss-20b runs/hybrid --pattern "(EEM)x12" --mamba-num-heads 256
+python tools/surgery.py extract runs/hybrid runs/hybrid-720 --width 720
+python tools/surgery.py merge-average runs/a/model runs/b/model runs/mean --weights 0.7,0.3
+python tools/surgery.py compare runs/hybrid runs/hybrid-720 --width 720 --data data/validation
 python tools/surgery.py export hf runs/gpt-oss-20b runs/gpt-oss-20b-hf
 """
 
@@ -13,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from surgery_commands import graft, published
+from surgery_commands import compare, expand, extract, graft, merge_average, published, reorder
 
 from megatron_adamba.config.script import run_script
 
-COMMANDS = (published, graft)
+COMMANDS = (published, graft, expand, extract, merge_average, compare, reorder)
 
 
 def main(words: list[str]) -> int:

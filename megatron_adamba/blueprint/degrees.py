@@ -5,15 +5,22 @@ from __future__ import annotations
 from math import gcd
 
 from megatron_adamba.blueprint.manifest import vocab_unit
+from megatron_adamba.blueprint.nest import block_config
 from megatron_adamba.blueprint.resolve import mamba_inner_size
 from megatron_adamba.config.model import ModelConfig
+
+
+def _blocks(config: ModelConfig, letters: str) -> list[ModelConfig]:
+    """The config as each block of these letters sees it."""
+    return [block_config(config, index) for index, letter in enumerate(config.block_pattern) if letter in letters]
 
 
 def divided_sizes(config: ModelConfig) -> dict[str, int]:
     """What a degree has to divide, by the flag that sets it: KV groups, Mamba-2's groups, Mamba-1's inner channels."""
     sizes = {}
-    if set("TE") & set(config.block_pattern):
-        sizes["--model.num_kv_groups"] = config.num_kv_groups
+    if attention := _blocks(config, "TE"):
+        # what divides each block's number divides this, and the other way round
+        sizes["--model.num_kv_groups"] = gcd(*(block.num_kv_groups for block in attention))
     if "M" in config.block_pattern and config.mamba_version == 2:
         sizes["--model.mamba_num_groups"] = config.mamba_num_groups
     elif "M" in config.block_pattern:
@@ -24,8 +31,8 @@ def divided_sizes(config: ModelConfig) -> dict[str, int]:
 def shared_units(config: ModelConfig) -> dict[str, int]:
     """What is dealt out in units without having to be divided; every rank needs one unit at full width."""
     units = {}
-    if "T" in config.block_pattern or config.mamba_use_mlp:
-        units["--model.ffn_granule"] = config.ffn_size // config.ffn_granule
+    if mlps := _blocks(config, "TM" if config.mamba_use_mlp else "T"):
+        units["--model.ffn_granule"] = min(block.ffn_size for block in mlps) // config.ffn_granule
     if config.vocab_size is not None:
         units["--model.vocab_size"] = -(-config.vocab_size // vocab_unit(config.vocab_size))
     return units

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_adamba.blueprint.manifest import mamba1_dt_rank
+from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.resolve import attention_windows, mamba_inner_size
 from megatron_adamba.config.model import ModelConfig, NestRow
 
@@ -53,12 +54,12 @@ def forward_flops(config: ModelConfig, widths: tuple[int, ...], seq_len: int, ex
     widths: one of the nest's widths per block; exit_layer: blocks that run (None: all of them). The head is counted,
     the embedding's look-up is free.
     """
-    rows = {row.width: row for row in config.nest}
+    rows = block_rows(config)
     windows = attention_windows(config)
     depth = config.num_layers if exit_layer is None else exit_layer
     total = 2 * config.hidden_size * config.vocab_size
     for index in range(depth):
-        total += block_flops(config, config.block_pattern[index], rows[widths[index]], windows[index], seq_len)
+        total += block_flops(config, config.block_pattern[index], rows[index][widths[index]], windows[index], seq_len)
     return total
 
 

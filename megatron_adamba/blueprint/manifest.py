@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from megatron_adamba.blueprint.nest import block_config
 from megatron_adamba.blueprint.resolve import mamba_inner_size
 from megatron_adamba.config.model import ModelConfig
 
@@ -45,15 +46,15 @@ def manifest(config: ModelConfig) -> tuple[ParamSpec, ...]:
     vocab = ((config.vocab_size, vocab_unit(config.vocab_size)),)
     specs = [ParamSpec("embedding.weight", ends, "embedding", "table", table, "vocab", 0, vocab)]
     for index, letter in enumerate(config.block_pattern):
-        prefix = f"blocks.{index}"
+        prefix, own = f"blocks.{index}", block_config(config, index)
         if letter in "TE":
-            specs += _attention(config, prefix)
-            specs += _mlp(config, prefix) if letter == "T" else _experts(config, prefix)
+            specs += _attention(own, prefix)
+            specs += _mlp(own, prefix) if letter == "T" else _experts(own, prefix)
         else:
             specs += _static_norm(config, f"{prefix}.mixer_norm")
             specs += (_mamba2 if config.mamba_version == 2 else _mamba1)(config, f"{prefix}.mixer")
             if config.mamba_use_mlp:
-                specs += _mlp(config, prefix)
+                specs += _mlp(own, prefix)
     specs += _static_norm(config, "final_norm")
     if not config.tie_embeddings:
         specs.append(ParamSpec("head.weight", ends, "head", "table", "head", "vocab", 0, vocab))
@@ -77,13 +78,13 @@ def _static_norm(config: ModelConfig, prefix: str) -> list[ParamSpec]:
 def _nested_norm(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     specs = []
     if config.norm_weight:
-        specs.append(ParamSpec(f"{prefix}.weight", (config.hidden_size,), "norm", "vector", "ones"))
+        specs.append(ParamSpec(f"{prefix}.weight", (config.widths[-1],), "norm", "vector", "ones"))
     specs.append(ParamSpec(f"{prefix}.gain", (len(config.nest),), "gain", "vector", "ones"))
     return specs
 
 
 def _attention(config: ModelConfig, prefix: str) -> list[ParamSpec]:
-    hidden, query, key = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_groups * config.head_dim
+    width, query, key = config.widths[-1], config.num_heads * config.head_dim, config.num_kv_groups * config.head_dim
     specs = _nested_norm(config, f"{prefix}.attention_norm")
     rows = (("q", query), ("k", key), ("v", key))
 
@@ -92,20 +93,20 @@ def _attention(config: ModelConfig, prefix: str) -> list[ParamSpec]:
         specs.append(ParamSpec(f"{prefix}.attention.{name}", shape, "attention", kind, init, "kv_group", axis, parts))
 
     for name, size in rows:
-        add(f"qkv.{name}_weight", (size, hidden), "matrix", "linear", 0)
+        add(f"qkv.{name}_weight", (size, width), "matrix", "linear", 0)
     if config.linear_bias:
         for name, size in rows:
             add(f"qkv.{name}_bias", (size,), "vector", "zeros", 0)
     if config.attention_sinks:
         add("sinks", (config.num_heads,), "vector", "zeros", 0)
-    add("out.o_weight", (hidden, query), "matrix", "output", 1)
+    add("out.o_weight", (width, query), "matrix", "output", 1)
     if config.linear_bias:
-        specs.append(ParamSpec(f"{prefix}.attention.out.o_bias", (hidden,), "attention", "vector", "zeros"))
+        specs.append(ParamSpec(f"{prefix}.attention.out.o_bias", (width,), "attention", "vector", "zeros"))
     return specs
 
 
 def _mlp(config: ModelConfig, prefix: str) -> list[ParamSpec]:
-    hidden, ffn = config.hidden_size, config.ffn_size
+    width, ffn = config.widths[-1], config.ffn_size
     specs = _nested_norm(config, f"{prefix}.mlp_norm")
     names = ("gate", "up") if config.activation == "swiglu" else ("up",)
     parts = ((ffn, config.ffn_granule),)
@@ -114,20 +115,20 @@ def _mlp(config: ModelConfig, prefix: str) -> list[ParamSpec]:
         specs.append(ParamSpec(f"{prefix}.mlp.{name}", shape, "mlp", kind, init, "ffn_granule", axis, parts))
 
     for name in names:
-        add(f"up.{name}_weight", (ffn, hidden), "matrix", "linear", 0)
+        add(f"up.{name}_weight", (ffn, width), "matrix", "linear", 0)
     if config.linear_bias:
         for name in names:
             add(f"up.{name}_bias", (ffn,), "vector", "zeros", 0)
-    add("down.down_weight", (hidden, ffn), "matrix", "output", 1)
+    add("down.down_weight", (width, ffn), "matrix", "output", 1)
     if config.linear_bias:
-        specs.append(ParamSpec(f"{prefix}.mlp.down.down_bias", (hidden,), "mlp", "vector", "zeros"))
+        specs.append(ParamSpec(f"{prefix}.mlp.down.down_bias", (width,), "mlp", "vector", "zeros"))
     return specs
 
 
 def _experts(config: ModelConfig, prefix: str) -> list[ParamSpec]:
-    hidden, rows, count = config.hidden_size, config.expert_ffn_size, config.num_experts
+    width, rows, count = config.widths[-1], config.expert_ffn_size, config.num_experts
     specs = _nested_norm(config, f"{prefix}.moe_norm")
-    specs.append(ParamSpec(f"{prefix}.moe.router.weight", (count, hidden), "router", "matrix", "linear"))
+    specs.append(ParamSpec(f"{prefix}.moe.router.weight", (count, width), "router", "matrix", "linear"))
     specs.append(ParamSpec(f"{prefix}.moe.router.bias", (count,), "router", "vector", "zeros"))
     parts = ((count, 1),)
 
@@ -135,11 +136,11 @@ def _experts(config: ModelConfig, prefix: str) -> list[ParamSpec]:
         specs.append(ParamSpec(f"{prefix}.moe.experts.{name}", shape, "expert", kind, init, "expert", 0, parts))
 
     for name in ("gate", "up"):
-        add(f"{name}_weight", (count, rows, hidden), "matrices", "linear")
+        add(f"{name}_weight", (count, rows, width), "matrices", "linear")
     for name in ("gate", "up"):
         add(f"{name}_bias", (count, rows), "vector", "zeros")
-    add("down_weight", (count, hidden, rows), "matrices", "output")
-    add("down_bias", (count, hidden), "vector", "zeros")
+    add("down_weight", (count, width, rows), "matrices", "output")
+    add("down_bias", (count, width), "vector", "zeros")
     return specs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_adamba.config.model import ModelConfig, NestRow
@@ -46,13 +47,30 @@ def check_nest(config: ModelConfig) -> None:
         raise ConfigError(
             f"--model.widths {widths}: must ascend without repeats; try {sorted({abs(w) for w in widths})}"
         )
-    if widths[-1] != config.hidden_size:
+    if config.layer_widths is not None:
+        _check_layer_widths(config, widths)
+    elif widths[-1] != config.hidden_size:
         raise ConfigError(
             f"--model.widths {widths}: the last width must be the hidden size; "
             f"try {[w for w in widths if w < config.hidden_size] + [config.hidden_size]}"
         )
     for row in rows:
         _check_row(config, row)
+
+
+def _check_layer_widths(config: ModelConfig, widths: list[int]) -> None:
+    own, depth = config.layer_widths, config.num_layers
+    where = f"--model.layer_widths {own}"
+    if len(own) != depth:
+        raise ConfigError(f"{where}: lists {len(own)} widths for {depth} blocks; try {[widths[-1]] * depth}")
+    for width in own:
+        if width not in widths:
+            raise ConfigError(f"{where}: {width} is not in the nest {widths}; try {nearest_width(widths, width)}")
+    if widths[-1] != max(own) or widths[-1] > config.hidden_size:
+        raise ConfigError(
+            f"{where}: the nest {widths} must end at the largest of them, {max(own)}, and within the hidden size "
+            f"{config.hidden_size}; try --model.widths {[w for w in widths if w <= min(max(own), config.hidden_size)]}"
+        )
 
 
 def _check_row(config: ModelConfig, row: NestRow) -> None:
@@ -88,6 +106,11 @@ def mode_width(config: ModelConfig, mode: str) -> int:
         known = ", ".join([*config.modes, "think"])
         raise ConfigError(f"--mode {mode}: unknown; modes of this model are {known}")
     target = config.modes[mode] * min(1.0, config.hidden_size / MODE_REFERENCE)
+    return nearest_width(widths, target)
+
+
+def nearest_width(widths: Sequence[int], target: float) -> int:
+    """The narrower one of two that are as near."""
     return min(widths, key=lambda width: (abs(width - target), width))
 
 
@@ -98,6 +121,38 @@ def row_index(config: ModelConfig, width: int) -> int:
         near = min(widths, key=lambda w: abs(w - width))
         raise ConfigError(f"width {width}: not in the nest of this model ({widths}); try {near}")
     return widths.index(width)
+
+
+def largest_widths(config: ModelConfig) -> list[int]:
+    """Per block of a resolved config: the width at which its own elastic weights end."""
+    return list(config.layer_widths or [config.nest[-1].width] * config.num_layers)
+
+
+def block_rows(config: ModelConfig) -> list[dict[int, NestRow]]:
+    """Per block of a resolved config: a width that a plan asks for -> the row that the block runs, at most its last."""
+    rows = {row.width: row for row in config.nest}
+    return [{width: rows[min(width, own)] for width in rows} for own in largest_widths(config)]
+
+
+def block_config(config: ModelConfig, index: int) -> ModelConfig:
+    """A resolved config as block `index` of it sees it.
+
+    Its nest ends at the block's own largest width, `widths[-1]`: columns of elastic weights, as `hidden_size` is of
+    static ones. Heads, KV groups and rows of MLP and experts are those of that width. `layer_widths` stays.
+    """
+    if config.layer_widths is None:
+        return config
+    rows = [row for row in config.nest if row.width <= config.layer_widths[index]]
+    own = rows[-1]
+    return replace(
+        config,
+        nest=rows,
+        widths=[row.width for row in rows],
+        num_heads=own.kv_groups * (config.num_heads // config.num_kv_groups),
+        num_kv_groups=own.kv_groups,
+        ffn_size=own.ffn,
+        expert_ffn_size=own.expert_ffn,
+    )
 
 
 def copy_rows(rows: list[NestRow]) -> list[NestRow]:

@@ -29,6 +29,7 @@ def resolve_model(config: ModelConfig, vocab_size: int | None = None) -> ModelCo
         vocab_size=config.vocab_size or vocab_size,
         modes=dict(config.modes),
         static_norm_size=config.static_norm_size or config.hidden_size,
+        layer_widths=None if config.layer_widths is None else list(config.layer_widths),
     )
     config = _resolve_attention(config)
     config = _resolve_ffn(config)
@@ -59,6 +60,11 @@ def _check_widths(config: ModelConfig) -> None:
 def _resolve_attention(config: ModelConfig) -> ModelConfig:
     if config.head_dim % 2:
         raise ConfigError(f"--model.head_dim {config.head_dim}: RoPE needs an even number; try {config.head_dim + 1}")
+    steps = config.head_dim_steps
+    if steps is not None and (steps != sorted(set(steps)) or steps[-1] != config.head_dim or any(n % 2 for n in steps)):
+        raise ConfigError(
+            f"--model.head_dim_steps {steps}: must be even numbers that ascend to head_dim; try [{config.head_dim}]"
+        )
     heads = config.num_heads or config.hidden_size // config.head_dim
     if heads < 1:
         raise ConfigError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_adamba.blueprint.flops import forward_flops, training_flops
 from megatron_adamba.blueprint.manifest import GROUPS, manifest
+from megatron_adamba.blueprint.nest import largest_widths
 from megatron_adamba.blueprint.phases import trains_in_phase
 from megatron_adamba.config.model import ModelConfig
 
@@ -19,7 +20,7 @@ def summarize(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     specs = manifest(config)
     counts = {group: sum(spec.numel for spec in specs if spec.group == group) for group in GROUPS}
     counts = {group: count for group, count in counts.items() if count}
-    full = forward_flops(config, (config.hidden_size,) * config.num_layers, seq_len)
+    full = forward_flops(config, tuple(largest_widths(config)), seq_len)
     widths = []
     for row in config.nest:
         plan = (row.width,) * config.num_layers

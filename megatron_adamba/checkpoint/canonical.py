@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_adamba.checkpoint.aside import written_aside
+from megatron_adamba.checkpoint.history import HISTORY_FILE, trained_history
 from megatron_adamba.checkpoint.shards import TensorInfo, shard_name, stream_shards
 from megatron_adamba.checkpoint.training import read_state, verify_files
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
@@ -32,11 +33,13 @@ def write_canonical(
     extra_files: Iterable[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
     infos: Mapping[str, TensorInfo] | None = None,
+    history: list[dict[str, Any]] | None = None,
 ) -> None:
     """Write aside and rename; one shard is in memory at a time, one tensor where `infos` is given.
 
     config: JSON values, with the resolved model under `model`; extra_files are copied in under their own names; infos:
-    what `tensors` will yield, in the same order. Raises StorageError where the disk is full.
+    what `tensors` will yield, in the same order; history: what was done to the weights, where anything was. Raises
+    StorageError where the disk is full.
     """
     with written_aside(folder) as aside:
         if infos is None:
@@ -47,6 +50,8 @@ def write_canonical(
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_atomically(aside / INDEX_FILE, json.dumps(index, indent=1).encode())
         write_atomically(aside / CONFIG_FILE, json.dumps(config, indent=1).encode())
+        if history:
+            write_atomically(aside / HISTORY_FILE, (json.dumps(history, indent=1) + "\n").encode())
         for path in extra_files:
             write_atomically(aside / path.name, path.read_bytes())
 
@@ -160,4 +165,6 @@ def canonical_from_training(checkpoint: Path, folder: Path, extra_files: Iterabl
     keys = {key.removeprefix(WEIGHT_PREFIX): key for key in held.infos if key.startswith(WEIGHT_PREFIX)}
     infos = {name: held.infos[key] for name, key in keys.items()}
     tensors = ((name, held.read(key)) for name, key in keys.items())
-    write_canonical(folder, state["config"], tensors, extra_files, infos=infos)
+    write_canonical(
+        folder, state["config"], tensors, extra_files, infos=infos, history=trained_history(checkpoint, state)
+    )

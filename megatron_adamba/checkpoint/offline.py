@@ -25,6 +25,7 @@ from megatron_adamba.checkpoint.canonical import (
 )
 from megatron_adamba.checkpoint.chunk_writer import write_training
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE
+from megatron_adamba.checkpoint.history import read_history
 from megatron_adamba.checkpoint.shards import DTYPE_CODES, TensorInfo
 from megatron_adamba.checkpoint.training import FILES_FILE, LATEST, STATE_FILE, latest_checkpoint, read_state
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
@@ -203,5 +204,6 @@ def to_training(source: OpenCheckpoint, target: Path, tp: int, dp: int) -> None:
         if info.dtype not in _EXACT_IN_FP32:
             raise CheckpointError(f"{source.folder}: {name} is {info.dtype}, which the weights' fp32 does not hold")
     state = {"counters": START, "config": source.config, "layout": {"tp": tp, "dp": dp}}
+    state["history"] = read_history(source.folder)
     tensors = ((spec, source.read(WEIGHT_PREFIX + spec.name).to(torch.float32)) for spec in specs)
     write_training(target, state, tensors, tp, dp)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -222,6 +223,6 @@ def load_fragments(folder: Path, fragments: dict[str, Fragment]) -> list[str]:
     return sorted(set(held) - set(fragments))
 
 
-def held_names(folder: Path) -> set[str]:
-    """Names of all tensors in a checkpoint."""
-    return set(read_metadata(folder).state_dict_metadata)
+def held_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Name -> dtype of all tensors in a checkpoint."""
+    return {name: entry.properties.dtype for name, entry in read_metadata(folder).state_dict_metadata.items()}

@@ -47,6 +47,9 @@ class ModelConfig:
     """key/value heads (GQA); null means num_heads"""
     head_dim: int = 64
     """channels of one head; even, for RoPE"""
+    head_dim_steps: list[int] | None = None
+    """head_dim at birth and after each time that surgery made heads larger; the scale of scores and the divisor of
+    QK-norm stay the first one's, each step has rotary frequencies of its own; null means never"""
     ffn_size: int | None = None
     """rows of the MLP; null means 4 H for relu2 and 8/3 H for swiglu, up to the next ffn_granule"""
     activation: str = "relu2"
@@ -118,11 +121,17 @@ class ModelConfig:
     mamba_use_mlp: bool = False
     """an elastic MLP behind the Mamba mixer in every M block"""
     widths: list[int] | None = None
-    """ascending nested widths; the last is hidden_size; null means hidden_size alone"""
+    """ascending nested widths; the last is hidden_size, or the largest of layer_widths; null means hidden_size alone"""
     ffn_granule: int = 64
     """FFN rows of one unit; ffn_size must be a multiple of it"""
     nest: list[NestRow] | None = None
     """the table itself, one row a width; null fills it by the rules; what a checkpoint holds is what counts"""
+    layer_widths: list[int] | None = None
+    """each block's own largest width: its elastic weights end there, and a plan that asks for more gets that; `widths`
+    ends at the largest of them, and heads, KV groups and FFN rows are those of the widest block; null means hidden_size
+    for all"""
+    expanded_from: dict[str, int] | None = None
+    """sizes before surgery made the model wider; phase 3 tells old weights from new ones by them"""
     modes: dict[str, int] = field(default_factory=_default_modes)
     """names for widths; `think` is all of hidden_size; below 2048 scaled by hidden_size / 2048 to the nearest width"""
 

@@ -17,11 +17,20 @@ class ElasticConfig:
     """different plans in one optimizer step; must divide the accumulation steps"""
     sandwich_passes: int = 2
     """passes of one micro-batch under sandwich, the full-width one included"""
+    exit_fraction: float | None = None
+    """share of the plans that leave at a sampled layer, under sandwich of all passes but the first; null means 0.3 in
+    phases 2 and 3, and 0 otherwise"""
+    min_exit_layer: int | None = None
+    """blocks that run before the earliest exit; null means a quarter of them"""
 
     def check(self) -> None:
         one_of("--elastic.width_sampling", self.width_sampling, ("full", "uniform", "per_layer", "sandwich"))
         positive("--elastic.plans_per_step", self.plans_per_step)
         in_range("--elastic.sandwich_passes", self.sandwich_passes, 2, 64)
+        if self.exit_fraction is not None:
+            in_range("--elastic.exit_fraction", self.exit_fraction, 0, 1)
+        if self.min_exit_layer is not None:
+            positive("--elastic.min_exit_layer", self.min_exit_layer)
 
 
 @dataclass
@@ -57,7 +66,9 @@ class TrainConfig:
     freeze: list[str] = field(default_factory=list)
     """parameter groups that do not train: embedding, head, norm, gain, attention, mlp, router, expert, mamba"""
     phase: int | None = None
-    """1: Mamba layers alone train, at full width, as after grafting them in; null: everything not frozen trains"""
+    """1: Mamba layers alone train, at full width, as after grafting them in; 2: everything, and plans leave early now
+    and then (elastic.exit_fraction), so that exits are trained too; 3: the same after the model was made wider, old
+    weights more slowly (optimizer.old_lr_scale); null: everything not frozen trains"""
     nonfinite_patience: int = 5
     """steps in a row with a non-finite loss or gradient, each skipped, after which the run stops"""
     eval_interval: int = 0
@@ -69,7 +80,7 @@ class TrainConfig:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "nonfinite_patience", "eval_tokens"):
             positive(f"--train.{name}", getattr(self, name))
         if self.phase is not None:
-            one_of("--train.phase", self.phase, (1,))
+            one_of("--train.phase", self.phase, (1, 2, 3))
         for name in ("gradient_clipping", "eval_interval"):
             in_range(f"--train.{name}", getattr(self, name), 0, float("inf"))
 
@@ -108,13 +119,15 @@ class OptimizerConfig:
     """share of the steps that wsd spends in its decay"""
     min_lr_ratio: float = 0.1
     """where the schedule ends, as a share of the peak"""
+    old_lr_scale: float = 0.1
+    """phase 3: factor on every update of the weights that were there before the model was made wider"""
 
     def check(self) -> None:
         one_of("--optimizer.name", self.name, ("adamw", "muon"))
         one_of("--optimizer.schedule", self.schedule, ("cosine", "wsd", "constant"))
         for name in ("lr", "muon_lr", "eps"):
             positive(f"--optimizer.{name}", getattr(self, name))
-        for name in ("beta1", "beta2", "muon_momentum", "decay_fraction", "min_lr_ratio"):
+        for name in ("beta1", "beta2", "muon_momentum", "decay_fraction", "min_lr_ratio", "old_lr_scale"):
             in_range(f"--optimizer.{name}", getattr(self, name), 0, 1)
         in_range("--optimizer.warmup_steps", self.warmup_steps, 0, float("inf"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_adamba.blueprint.nest import largest_widths
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.errors import ConfigError
 
@@ -13,7 +14,8 @@ class ElasticPlan:
     """One width per block and the number of blocks that run."""
 
     widths: tuple[int, ...]
-    """per block, one of the nest's widths; a Mamba mixer ignores it, its block's MLP does not"""
+    """per block, one of the nest's widths, or the block's own largest where that is less; a Mamba mixer ignores it, its
+    block's MLP does not"""
     exit_layer: int
     """blocks that run; the final norm and the head read the residual behind them"""
 
@@ -35,4 +37,5 @@ def uniform_plan(config: ModelConfig, width: int, exit_layer: int | None = None)
 
 
 def full_plan(config: ModelConfig) -> ElasticPlan:
-    return uniform_plan(config, config.hidden_size)
+    """Every block at its own largest width, to the last block."""
+    return ElasticPlan(tuple(largest_widths(config)), config.num_layers)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from megatron_adamba.blueprint.phases import PHASES_WITH_EXITS
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.sections import ElasticConfig
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan, uniform_plan
+from megatron_adamba.errors import ConfigError
 
+DEFAULT_EXIT_FRACTION = 0.3
+"""of the plans, in the phases that train exits"""
 _STREAM = 0x504C414E  # keeps plans apart from the data order, which draws from the same seed
 
 
@@ -19,9 +25,19 @@ def counter_generator(seed: int, step: int, number: int) -> np.random.Generator:
 class PlanSampler:
     """Draws the plans of each step. Holds no state that moves."""
 
-    def __init__(self, model: ModelConfig, elastic: ElasticConfig, seed: int) -> None:
+    def __init__(self, model: ModelConfig, elastic: ElasticConfig, seed: int, phase: int | None = None) -> None:
+        """phase: `--train.phase`. Raises ConfigError where exits are asked for that the model does not have."""
         self.model, self.elastic, self.seed = model, elastic, seed
         self.widths = [row.width for row in model.nest]
+        self.exit_fraction = elastic.exit_fraction
+        if self.exit_fraction is None:
+            self.exit_fraction = DEFAULT_EXIT_FRACTION if phase in PHASES_WITH_EXITS and model.num_layers > 1 else 0.0
+        self.min_exit_layer = elastic.min_exit_layer or max(1, model.num_layers // 4)
+        if self.exit_fraction and not 1 <= self.min_exit_layer < model.num_layers:
+            raise ConfigError(
+                f"--elastic.min_exit_layer {self.min_exit_layer}: must leave a layer out of the model's "
+                f"{model.num_layers}; try {max(1, model.num_layers // 2)}, or --elastic.exit_fraction 0"
+            )
 
     @property
     def passes(self) -> int:
@@ -34,10 +50,23 @@ class PlanSampler:
         return self.plan(step, number * self.passes + pass_index)
 
     def plan(self, step: int, number: int) -> ElasticPlan:
+        """The first pass of a sandwich is full width to the last layer; any other plan may leave early, half of those
+        of a sandwich at full width."""
         mode = self.elastic.width_sampling
-        if mode == "full" or (mode == "sandwich" and number % self.passes == 0):
+        if mode == "sandwich" and number % self.passes == 0:
             return full_plan(self.model)
         generator = counter_generator(self.seed, step, number)
+        plan = self._widths(mode, generator)
+        if generator.random() >= self.exit_fraction:
+            return plan
+        layer = int(generator.integers(self.min_exit_layer, self.model.num_layers))
+        if mode == "sandwich" and generator.random() < 0.5:
+            plan = full_plan(self.model)
+        return replace(plan, exit_layer=layer)
+
+    def _widths(self, mode: str, generator: np.random.Generator) -> ElasticPlan:
+        if mode == "full":
+            return full_plan(self.model)
         if mode == "uniform":
             return uniform_plan(self.model, self.widths[generator.integers(len(self.widths))])
         picks = generator.integers(len(self.widths), size=self.model.num_layers)

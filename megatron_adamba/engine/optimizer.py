@@ -80,11 +80,26 @@ class ElasticOptimizer(torch.optim.AdamW):
         self.muon_momentum = config.muon_momentum
         self.ns_dtype, self.topology = ns_dtype, topology
         self.skip_step = False
+        self._slow: dict[Tensor, Tensor] = {}
+        self._slow_factor = 1.0
+
+    def slow_down(self, masks: dict[Tensor, Tensor], factor: float) -> None:
+        """masks: of tensors that are stepped, where their updates count `factor`."""
+        self._slow, self._slow_factor = masks, factor
 
     @torch.no_grad()
     def step(self, closure=None):
         if self.skip_step:
             return None
+        stepped = [p for group in self.param_groups for p in group["params"] if p in self._slow and p.grad is not None]
+        before = {p: p.clone() for p in stepped}
+        self._step_groups()
+        for p, slow in before.items():
+            slow.lerp_(p, self._slow_factor)
+            torch.where(self._slow[p], slow, p, out=p)
+        return None
+
+    def _step_groups(self) -> None:
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group["use_muon"]]
@@ -95,7 +110,6 @@ class ElasticOptimizer(torch.optim.AdamW):
         for group in groups:
             if group["use_muon"]:
                 self._muon_step(group)
-        return None
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         params, specs = [p for p in group["params"] if p.numel()], group["specs"]

@@ -21,6 +21,7 @@ from megatron_adamba.engine.experts import (
     mark_expert_parameters,
     register_expert_groups,
 )
+from megatron_adamba.engine.frozen import FrozenMasters
 from megatron_adamba.engine.gradients import all_finite, gradient_tensors
 from megatron_adamba.engine.launch import RankInfo, import_deepspeed
 from megatron_adamba.engine.mpu import ModelParallelUnit, mark_sharded_parameters
@@ -67,7 +68,9 @@ class TrainingSession:
         if apart is not None and any(spec.group == "expert" for spec in specs):
             register_expert_groups(topology)
             mark_expert_parameters(model, specs, topology)
+        self.frozen = FrozenMasters(model, specs, topology, self.bf16)
         self.engine = _initialize(model, self.optimizer, ds_config, ModelParallelUnit(topology))
+        self.frozen.settle(self.module)
         self.micro_steps = ds_config["gradient_accumulation_steps"]
         self._done = 0
         self._losses_finite = True

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from megatron_adamba.checkpoint.canonical import WEIGHT_PREFIX
 from megatron_adamba.checkpoint.rectangles import Fragment, Placement, placement
-from megatron_adamba.checkpoint.training import held_names, load_fragments
+from megatron_adamba.checkpoint.training import held_dtypes, load_fragments
+from megatron_adamba.engine.frozen import saves
 from megatron_adamba.engine.session import TrainingSession
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A slice of one of the optimizer's flat tensors that belongs to one parameter."""
 
     flat: Tensor
@@ -41,10 +42,10 @@ def training_fragments(session: TrainingSession) -> dict[str, Fragment]:
         place = places[name]
         assert place.local_shape == tuple(getattr(parameter, "ds_shape", parameter.shape)), name
         if not parameter.requires_grad:
-            flat, start = _frozen_piece(parameter)
+            flat, start = session.frozen.piece(name, parameter)
             fragments[WEIGHT_PREFIX + name] = Fragment(flat, start, place)
             continue
-        piece = _trained_piece(session, parameter)
+        piece = trained_piece(session, parameter)
         empty = torch.empty(0)
         fragments[WEIGHT_PREFIX + name] = Fragment(
             piece.of(piece.flat) if piece else empty, piece.start if piece else 0, place
@@ -62,18 +63,22 @@ def _placements(session: TrainingSession) -> dict[str, Placement]:
 def restore(session: TrainingSession, folder: Path, optimizer_steps: int) -> dict[str, list[str]]:
     """Fill weights and optimizer state from a training checkpoint of any layout.
 
-    optimizer_steps: how often the optimizer has stepped. Returns what happened to optimizer state that does not match
-    one to one: {"reset": [...], "dropped": [...]}.
+    optimizer_steps: how often the optimizer has stepped. Returns what happened to optimizer state, by name:
+    {"kept": [...], "reset": [...], "dropped": [...]}.
     """
+    held = held_dtypes(folder)
+    exact = {name for name, dtype in held.items() if name.startswith(WEIGHT_PREFIX) and dtype == torch.float32}
+    session.frozen.make_room(session.module, {name.removeprefix(WEIGHT_PREFIX) for name in exact})
     fragments = training_fragments(session)
-    held = held_names(folder)
     wanted = {name: part for name, part in fragments.items() if name in held or name.startswith(WEIGHT_PREFIX)}
     dropped = load_fragments(folder, wanted)
+    session.frozen.refresh(session.module)
     for state in session.optimizer.state.values():
         if "step" in state:
             state["step"].fill_(float(optimizer_steps))
     _refresh_low_precision(session)
-    return {"reset": sorted(set(fragments) - set(wanted)), "dropped": dropped}
+    kept = sorted(name for name in wanted if not name.startswith(WEIGHT_PREFIX))
+    return {"kept": kept, "reset": sorted(set(fragments) - set(wanted)), "dropped": dropped}
 
 
 def _state_keys(session: TrainingSession, parameter: nn.Parameter) -> tuple[str, ...]:
@@ -108,49 +113,34 @@ def _make_optimizer_state(session: TrainingSession) -> None:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
 
-def _trained_piece(session: TrainingSession, parameter: nn.Parameter) -> _Piece | None:
-    """None where this rank holds nothing of the parameter."""
+def trained_piece(session: TrainingSession, parameter: nn.Parameter) -> Piece | None:
+    """Where the optimizer steps a trainable parameter; None where this rank holds nothing of it."""
     optimizer = session.engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         group, low, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = dist.get_rank(parameter.ds_process_group) * size
         numel = min(size, parameter.ds_numel - start)
-        return _Piece(optimizer.fp32_partitioned_groups_flat[group], low, numel, start) if numel > 0 else None
+        return Piece(optimizer.fp32_partitioned_groups_flat[group], low, numel, start) if numel > 0 else None
     if hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
         flat = _flat_tensors(session)[mapping.param_group_index][0]
         address = mapping.hp_fragment_address
-        return _Piece(flat, address.start, address.numel, mapping.lp_fragment_address.start)
-    return _Piece(parameter, 0, parameter.numel(), 0)
-
-
-def _frozen_piece(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Frozen weights: partitioned under ZeRO 3, elsewhere whole on every rank and written by the first."""
-    if hasattr(parameter, "ds_tensor"):
-        flat = parameter.ds_tensor.detach().view(-1)
-        start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
-        return flat[: max(0, parameter.ds_numel - start)], start
-    return parameter.detach().view(-1), 0
+        return Piece(flat, address.start, address.numel, mapping.lp_fragment_address.start)
+    return Piece(parameter, 0, parameter.numel(), 0)
 
 
 def own_fragments(session: TrainingSession) -> dict[str, Fragment]:
-    """`training_fragments` for saving, where of several ranks that hold the same elements the first one writes them.
-
-    Shards and ZeRO's partitions are held once. What tensor parallelism leaves whole lies on all of its ranks, and
-    frozen weights that ZeRO does not partition on all data-parallel ranks.
-    """
-    topology, specs = session.topology, {spec.name: spec for spec in session.specs}
+    """`training_fragments` for saving, where of several ranks that hold the same elements the first one writes them."""
+    specs = {spec.name: spec for spec in session.specs}
     parameters = dict(session.module.named_parameters())
     fragments = training_fragments(session)
     for key, part in fragments.items():
         name = key.partition("/")[2]
         parameter = parameters[name]
         partitioned = hasattr(parameter, "ds_tensor") or (parameter.requires_grad and session.stage > 0)
-        copied = specs[name].unit is None and topology.place("tp") > 0
-        replica = topology.place("edp" if specs[name].group == "expert" else "dp")
-        if copied or (not partitioned and replica > 0):
+        if not saves(specs[name], partitioned, session.topology):
             empty = torch.empty(0, dtype=part.dtype, device=part.device)
             fragments[key] = Fragment(empty, 0, Placement(tuple(part.shape), tuple(part.shape)))
     return fragments

@@ -72,6 +72,31 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_road(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: Path) -> None:
+    """The losses of runs that follow each other, end to end. runs: name and lines of metrics.jsonl of each."""
+    figure, axes = _figure()
+    figure.set_size_inches(9.0, 4.5)
+    start, held_out = 0, {}
+    for number, (name, records) in enumerate(runs):
+        steps = [record for record in records if "loss" in record]
+        full = [record.get("loss_full", record["loss"]) for record in steps]
+        axes.plot([start + record["step"] for record in steps], full, linewidth=1.0, label=f"{name}, training")
+        for record in records:
+            if "eval_width" in record:
+                place = (start + record["step"], record["eval_nats_per_token"])
+                held_out.setdefault(record["eval_width"], []).append(place)
+        start += max((record["step"] for record in records), default=0)
+        if number + 1 < len(runs):
+            axes.axvline(start, color="grey", linewidth=0.8, linestyle=":")
+    for width, places in sorted(held_out.items()):
+        axes.plot(*zip(*places), marker="o", markersize=3, linestyle="--", linewidth=0.8, label=f"held out, {width}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncols=2)
+    _save(figure, path)
+
+
 def _line(axes, records: Sequence[dict[str, Any]], key: str, label: str) -> None:
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     if points:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from megatron_adamba.blueprint.flops import forward_flops
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.data.loader import to_micro_batch
 from megatron_adamba.data.packed import EvaluationBatches
-from megatron_adamba.elastic.plan import ElasticPlan
+from megatron_adamba.elastic.plan import ElasticPlan, full_plan
 from megatron_adamba.parallel.topology import Topology
 
 ForwardPolicy = Callable[[Tensor, Tensor, Tensor | None, ElasticPlan], Tensor]
@@ -33,6 +33,8 @@ class EvaluationRow:
     """active forward FLOPs"""
     tokens: int
     bytes: int | None
+    exit_layer: int | None = None
+    """blocks that ran; None: all of them"""
 
 
 def evaluate_plans(
@@ -69,6 +71,14 @@ def evaluate_plans(
     return [_row(config, plan, total.item(), batches, seq_len) for plan, total in zip(plans, totals)]
 
 
+def exit_plans(config: ModelConfig, first: int, most: int) -> list[ElasticPlan]:
+    """Full width up to each exit layer from `first` on, without the last block's; at most `most`, evenly spread."""
+    layers = range(first, config.num_layers)
+    count = min(len(layers), most)
+    chosen = sorted({layers[round(i * (len(layers) - 1) / max(count - 1, 1))] for i in range(count)})
+    return [replace(full_plan(config), exit_layer=layer) for layer in chosen]
+
+
 def _row(
     config: ModelConfig, plan: ElasticPlan, total: float, batches: EvaluationBatches, seq_len: int
 ) -> EvaluationRow:
@@ -79,4 +89,5 @@ def _row(
         flops_per_token=forward_flops(config, plan.widths, seq_len, plan.exit_layer),
         tokens=batches.num_tokens,
         bytes=batches.num_bytes,
+        exit_layer=plan.exit_layer if plan.exit_layer < config.num_layers else None,
     )

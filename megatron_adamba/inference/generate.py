@@ -44,7 +44,7 @@ def make_caches(model: AdambaModel, plan: ElasticPlan, batch: int, capacity: int
         if index >= plan.exit_layer:
             caches.append(None)
         elif config.block_pattern[index] in "TE":
-            groups = model.rows[plan.widths[index]].kv_groups
+            groups = model.rows[index][plan.widths[index]].kv_groups
             caches.append(KVCache(batch, capacity, groups, config.head_dim, weight.dtype, weight.device))
         else:
             caches.append(block.mixer.new_state(batch, device=weight.device))

@@ -22,16 +22,17 @@ class NestedAttention(nn.Module):
         super().__init__()
         self.tp, self.head_dim, self.window = tp, config.head_dim, window
         self.heads_per_group = config.num_heads // config.num_kv_groups
-        self.qk_norm, self.eps = config.qk_norm, config.norm_eps
+        first = (config.head_dim_steps or [config.head_dim])[0]
+        self.norm_size, self.eps = first if config.qk_norm else None, config.norm_eps
         key = tp.owned(config.num_kv_groups) * config.head_dim
         query = key * self.heads_per_group
         # YaRN's factor on queries and on keys
-        self.scale = config.head_dim**-0.5 * rope_concentration(config) ** 2
+        self.scale = first**-0.5 * rope_concentration(config) ** 2
         sizes = {"q": query, "k": key, "v": key}
-        self.qkv = NestedLinears(sizes, config.hidden_size, config.linear_bias, device)
+        self.qkv = NestedLinears(sizes, config.widths[-1], config.linear_bias, device)
         heads = key // config.head_dim * self.heads_per_group
         self.sinks = nn.Parameter(torch.empty(heads, device=device)) if config.attention_sinks else None
-        self.out = NestedLinears({"o": config.hidden_size}, query, config.linear_bias, device)
+        self.out = NestedLinears({"o": config.widths[-1]}, query, config.linear_bias, device)
 
     def forward(self, x: Tensor, row: NestRow, context: ForwardContext, cache: KVCache | None = None) -> Tensor:
         """x: [batch, seq, w] normed, in the form of the residual stream; returns the same shape."""
@@ -43,8 +44,8 @@ class NestedAttention(nn.Module):
         q = q.view(batch, seq, groups * self.heads_per_group, self.head_dim)
         k = k.view(batch, seq, groups, self.head_dim)
         v = v.view(batch, seq, groups, self.head_dim)
-        q = rotate_and_norm(q, context.cos, context.sin, self.qk_norm, self.eps)
-        k = rotate_and_norm(k, context.cos, context.sin, self.qk_norm, self.eps)
+        q = rotate_and_norm(q, context.cos, context.sin, self.norm_size, self.eps)
+        k = rotate_and_norm(k, context.cos, context.sin, self.norm_size, self.eps)
         if cache is not None:
             k, v = cache.append(k, v)
         sinks = None if self.sinks is None else self.sinks[: groups * self.heads_per_group]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_adamba.blueprint.nest import block_config
 from megatron_adamba.blueprint.resolve import mamba_inner_size
 from megatron_adamba.config.model import ModelConfig, NestRow
 from megatron_adamba.layers.attention import NestedAttention
@@ -145,6 +146,7 @@ def build_block(
     device=None,
 ) -> nn.Module:
     """Block `index` of the pattern; moe_layer: what to build mixtures of experts from."""
+    config = block_config(config, index)
     if config.block_pattern[index] == "T":
         return AttentionBlock(config, window, tp, device)
     if config.block_pattern[index] == "E":

@@ -66,25 +66,26 @@ class Vocabulary:
 
 
 class TokenEmbedding(nn.Module):
-    """Look-up table `weight` [vocab_size, hidden_size], optionally followed by a weightless RMSNorm."""
+    """Look-up table `weight` [vocab_size, hidden_size], followed by a weightless RMSNorm where `norm` gives its
+    norm_size and epsilon."""
 
     def __init__(
         self,
         vocab_size: int,
         hidden_size: int,
-        norm_eps: float | None,
+        norm: tuple[int, float] | None,
         tp: TensorParallel = ALONE,
         device=None,
     ) -> None:
         super().__init__()
         self.vocabulary = Vocabulary(vocab_size, tp)
         self.weight = nn.Parameter(torch.empty(self.vocabulary.rows, hidden_size, device=device))
-        self.norm_eps = norm_eps
+        self.norm = norm
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: [batch, seq] int64; returns [batch, seq, hidden_size] in the form of the residual stream."""
         x = self.vocabulary.look_up(tokens, self.weight)
-        return x if self.norm_eps is None else rms_norm(x, None, x.shape[-1], self.norm_eps)
+        return x if self.norm is None else rms_norm(x, None, *self.norm)
 
 
 class Head(nn.Module):
@@ -111,12 +112,12 @@ class TiedEmbedding(TokenEmbedding):
         self,
         vocab_size: int,
         hidden_size: int,
-        norm_eps: float | None,
+        norm: tuple[int, float] | None,
         softcap: float,
         tp: TensorParallel = ALONE,
         device=None,
     ) -> None:
-        super().__init__(vocab_size, hidden_size, norm_eps, tp, device)
+        super().__init__(vocab_size, hidden_size, norm, tp, device)
         self.softcap = softcap
 
     def forward(

@@ -20,8 +20,8 @@ class NestedMLP(nn.Module):
         self.gated = config.activation == "swiglu"
         names = ("gate", "up") if self.gated else ("up",)
         inner = self._owned_rows(config.ffn_size)
-        self.up = NestedLinears(dict.fromkeys(names, inner), config.hidden_size, config.linear_bias, device)
-        self.down = NestedLinears({"down": config.hidden_size}, inner, config.linear_bias, device)
+        self.up = NestedLinears(dict.fromkeys(names, inner), config.widths[-1], config.linear_bias, device)
+        self.down = NestedLinears({"down": config.widths[-1]}, inner, config.linear_bias, device)
 
     def _owned_rows(self, rows: int) -> int:
         return self.tp.owned(rows // self.granule) * self.granule

@@ -14,7 +14,7 @@ from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 class NestedNorm(nn.Module):
     """u = gain[w] * weight[:w] * x / sqrt(sum(x^2) / norm_size[w] + eps) for x of w channels.
 
-    Parameters: `weight` [hidden_size] (absent without `has_weight`) and `gain` [n_widths]. With one width it is the
+    Parameters: `weight` [last width] (absent without `has_weight`) and `gain` [n_widths]. With one width it is the
     norm of a static layer.
     """
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.resolve import attention_windows
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan
@@ -49,14 +50,14 @@ class AdambaModel(nn.Module):
         super().__init__()
         self.config, self.tp, self.ep = config, tp, ep
         self.activation_checkpointing = activation_checkpointing
-        self.rows = {row.width: row for row in config.nest}
+        self.rows = block_rows(config)
         self.windows = attention_windows(config)
-        embedding_eps = config.norm_eps if config.embedding_norm else None
+        embedding_norm = (config.static_norm_size, config.norm_eps) if config.embedding_norm else None
         ends = (config.vocab_size, config.hidden_size)
         if config.tie_embeddings:
-            self.embedding = TiedEmbedding(*ends, embedding_eps, config.logit_softcap, tp, device)
+            self.embedding = TiedEmbedding(*ends, embedding_norm, config.logit_softcap, tp, device)
         else:
-            self.embedding = TokenEmbedding(*ends, embedding_eps, tp, device)
+            self.embedding = TokenEmbedding(*ends, embedding_norm, tp, device)
         self.blocks = nn.ModuleList(
             build_block(config, index, self.windows[index], tp, ep, moe_layer, device)
             for index in range(config.num_layers)
@@ -133,7 +134,7 @@ class AdambaModel(nn.Module):
         x = self.embedding(tokens)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            row = self.rows[plan.widths[index]]
+            row = self.rows[index][plan.widths[index]]
             if index >= plan.exit_layer:
                 if all_take_part:
                     x = x + block(x[:0], row, self._empty(context)).sum()
@@ -152,7 +153,7 @@ class AdambaModel(nn.Module):
         context = self.make_context(tokens.shape[1], start, tokens.device, None, Accumulation.DIRECT)
         x = self.embedding(tokens)
         for index in range(plan.exit_layer):
-            x = self.blocks[index](x, self.rows[plan.widths[index]], context, caches[index])
+            x = self.blocks[index](x, self.rows[index][plan.widths[index]], context, caches[index])
         return self._head(self.final_norm(x[:, -1:]))[:, 0]
 
     def make_context(
@@ -169,7 +170,8 @@ class AdambaModel(nn.Module):
         config = self.config
         positions = segment_positions(length, start, device)
         keys = segment_positions(start + length, 0, device)
-        cos, sin = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_sign, yarn_of(config))
+        sizes = config.head_dim_steps or config.head_dim
+        cos, sin = rotary_table(positions, sizes, config.rope_theta, config.rope_sign, yarn_of(config))
         windows = {window for window, letter in zip(self.windows, config.block_pattern) if letter in "TE"}
         masks = {window: attention_mask(positions, keys, window, seq_idx) for window in windows}
         statistics = RouterStatistics() if statistics is None else statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,27 +38,33 @@ class Yarn:
 
 
 def rotary_table(
-    positions: Tensor, head_dim: int, theta: float, sign: int, yarn: Yarn | None = None
+    positions: Tensor, head_dim: int | Sequence[int], theta: float, sign: int, yarn: Yarn | None = None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/head_dim), each [seq, head_dim / 2] in fp32; yarn changes the frequencies.
 
-    positions: [seq]; sign: 1 rotates by +angle, -1 by -angle. YaRN's concentration is not in it.
+    positions: [seq]; head_dim: or its steps, ascending: what a step adds has the frequencies of a head of its size;
+    sign: 1 rotates by +angle, -1 by -angle. YaRN's concentration is not in it.
     """
-    index = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    frequencies = theta ** (-index / head_dim)
-    if yarn is not None:
-        frequencies = yarn.frequencies(frequencies, theta)
+    steps = [head_dim] if isinstance(head_dim, int) else head_dim
+    sizes = [after - before for before, after in zip([0, *steps], steps)]
+    frequencies = torch.cat([_frequencies(size, theta, yarn, positions.device) for size in sizes])
     angle = torch.outer(positions.float(), frequencies)
     return angle.cos(), angle.sin() * sign
 
 
-def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, norm: bool, eps: float) -> Tensor:
-    """Rotate the halves of each head and, with `norm`, divide by its root mean square.
+def _frequencies(head_dim: int, theta: float, yarn: Yarn | None, device: torch.device) -> Tensor:
+    index = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    plain = theta ** (-index / head_dim)
+    return plain if yarn is None else yarn.frequencies(plain, theta)
+
+
+def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, norm_size: int | None, eps: float) -> Tensor:
+    """Rotate the halves of each head and, unless `norm_size` is None, divide by sqrt(sum(x^2) / norm_size + eps).
 
     x: [batch, seq, heads, head_dim]; cos, sin: [seq, head_dim / 2]. Rotation keeps lengths, so norm after rotation
     and norm before it are the same function.
     """
-    return _RotateNorm.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2), norm, eps)
+    return _RotateNorm.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2), norm_size, eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,14 +80,15 @@ class _RotateNorm(torch.autograd.Function):
     """Keeps its output (which attention keeps anyway) and one number a head."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, norm: bool, eps: float) -> Tensor:
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, norm_size: int | None, eps: float) -> Tensor:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         out = _rotate(x, cos, sin)
         r = None
-        if norm:
-            r = inverse_rms(x, x.shape[-1], eps)
+        if norm_size is not None:
+            r = inverse_rms(x, norm_size, eps)
             out.mul_(r.to(out.dtype))
-        ctx.save_for_backward(out if norm else None, r, cos, sin)
+        ctx.save_for_backward(out if r is not None else None, r, cos, sin)
+        ctx.norm_size = norm_size
         return out
 
     @staticmethod
@@ -88,6 +96,6 @@ class _RotateNorm(torch.autograd.Function):
         out, r, cos, sin = ctx.saved_tensors
         if out is not None:
             # the norm's backward in rotated coordinates: the rotation is orthogonal and commutes with it
-            projection = torch.linalg.vecdot(grad, out).unsqueeze(-1) / out.shape[-1]
+            projection = torch.linalg.vecdot(grad, out).unsqueeze(-1) / ctx.norm_size
             grad = torch.addcmul(grad, out, projection, value=-1).mul_(r.to(grad.dtype))
         return _rotate(grad, cos, -sin), None, None, None, None

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_adamba.blueprint.manifest import mamba1_dt_rank
+from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.config.model import ModelConfig
 
 
@@ -91,10 +92,11 @@ def micro_batch_traffic(
     assert "E" not in config.block_pattern, "what experts send depends on the router"
     hidden = config.hidden_size
     tokens = batch * (-(-seq // tp) * tp if sp else seq)
+    rows = block_rows(config)
     ranks = _Ranks(tokens, tp, sp, element_bytes, config.norm_weight)
     total = ranks.leave(hidden) + ranks.leave_backward(hidden)
     for index, width in enumerate(widths):
-        parts = list(_parts(config, config.block_pattern[index], width))
+        parts = list(_parts(config, config.block_pattern[index], rows[index][width].width))
         if index < exit_layer:
             total += _block(ranks, parts, recompute)
             for channels, _ in parts:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Place, source_shape
 from megatron_adamba.surgery.gpt_oss_config import HUGGING_FACE, to_hugging_face
-from megatron_adamba.surgery.history import extended_history
 from megatron_adamba.surgery.sources import TensorFolder
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 

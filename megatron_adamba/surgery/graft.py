@@ -12,11 +12,11 @@ import torch
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.pattern import parse_pattern
 from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.init import initial_tensor
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
-from megatron_adamba.surgery.history import extended_history
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 PROMISE = "the logits are the source's at every width: every new block adds zero until it is trained"
@@ -58,12 +58,21 @@ def _grafted_config(old: ModelConfig, pattern: str, mamba: dict[str, Any]) -> Mo
         )
     if "M" not in letters:
         raise ConfigError(f"--pattern {pattern}: adds no M block; for example --pattern {_example(old.block_pattern)}")
-    config = replace(old, block_pattern=letters, num_layers=None, **mamba)
+    changes = {"expanded_from": None, "layer_widths": _layer_widths(old, letters), **mamba}
+    config = replace(old, block_pattern=letters, num_layers=None, **changes)
     try:
         config.check()
         return resolve_model(config)
     except ConfigError as error:
         raise ConfigError(_as_flags(str(error))) from None
+
+
+def _layer_widths(old: ModelConfig, letters: str) -> list[int] | None:
+    """Old blocks keep theirs, where they have them; new ones take the largest."""
+    if old.layer_widths is None:
+        return None
+    kept = iter(old.layer_widths)
+    return [old.widths[-1] if letter == "M" else next(kept) for letter in letters]
 
 
 def _as_flags(text: str) -> str:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.data.tokenizer import load_tokenizer
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
 from megatron_adamba.surgery.gpt_oss_config import OPENAI, read_gpt_oss_config
-from megatron_adamba.surgery.history import extended_history
 from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES, dequantize
 from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_json
 from megatron_adamba.surgery.writing import Job, PlannedTensor

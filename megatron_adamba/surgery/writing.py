@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +15,6 @@ from torch import Tensor
 from megatron_adamba.checkpoint.canonical import write_canonical
 from megatron_adamba.checkpoint.shards import TensorInfo, plan_shards
 from megatron_adamba.errors import ConfigError, StorageError
-from megatron_adamba.surgery.history import HISTORY_FILE
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,7 @@ def write_job(job: Job, folder: Path, max_shard_bytes: int, report: Report) -> N
     """
     check_target(folder)
     _check_space(folder, job.num_bytes)
-    with tempfile.TemporaryDirectory() as scratch:
-        history = Path(scratch) / HISTORY_FILE
-        history.write_text(json.dumps(job.history, indent=1) + "\n")
-        files = [*job.files, history]
-        write_canonical(folder, job.config, _made(job, report), files, max_shard_bytes, job.infos)
+    write_canonical(folder, job.config, _made(job, report), job.files, max_shard_bytes, job.infos, job.history)
 
 
 def _made(job: Job, report: Report) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from megatron_adamba.checkpoint.training import (
 )
 from megatron_adamba.engine.state import own_fragments, restore
 from megatron_adamba.errors import CheckpointError
+from megatron_adamba.training.phase_change import describe_phase_change
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.start import checkpoint_root
 
@@ -25,21 +26,27 @@ def start_saving(run: Run, saver: BackgroundSaver, counters: dict[str, Any]) -> 
     fragments = own_fragments(run.session)
     config = run.plan.config.to_dict()
     config["tokenizer_hash"] = run.plan.tokenizer.hash
-    state = {"counters": dict(counters), "config": config}
+    state = {"counters": dict(counters), "config": config, "history": run.history}
     keep = run.plan.config.checkpoint.keep_last
     saver.start(checkpoint_root(run.plan.config), counters["step"], fragments, state, keep)
 
 
-def resume(run: Run, folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def resume(run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """Verify, compare and load; every rank fails where one does, before anything is changed.
 
-    Returns the trainer's counters and what happened to optimizer state (`engine.state.restore`).
+    Returns the trainer's counters, and lines for people: a change of phase, and what became of optimizer state.
     """
     together(lambda: verify_files(folder, (dist.get_rank(), dist.get_world_size())))
     state = together(lambda: _checked_state(run, folder))
-    counters = state["counters"]
+    counters, run.history = state["counters"], state.get("history", [])
+    change = describe_phase_change(run.plan.specs, state["config"].get("train"), run.plan.config.train)
     report = restore(run.session, folder, counters["optimizer_steps"])
-    return counters, report
+    lines = [change] if change else []
+    if change or report["reset"] or report["dropped"]:
+        lines += [
+            f"optimizer state {what}: {len(names)} tensors, {names[0]} first" for what, names in report.items() if names
+        ]
+    return counters, lines
 
 
 def _checked_state(run: Run, folder: Path) -> dict[str, Any]:

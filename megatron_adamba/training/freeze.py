@@ -23,7 +23,7 @@ def freeze_groups(
         one_of("--train.freeze", group, GROUPS)
     parameters = dict(module.named_parameters())
     frozen = frozen_specs(specs, groups, phase)
-    if len(frozen) == len(specs) and phase is not None:
+    if len(frozen) == len(specs) and phase == 1:
         raise ConfigError(
             f"--train.phase {phase}: trains Mamba layers, and this model has none that --train.freeze leaves; "
             f"add M blocks to --model.block_pattern"

@@ -58,7 +58,10 @@ def _truncate(path: Path, first_step: int, final: bool) -> None:
     kept = [record for record in read_metrics(path) if record.get("step", 0) <= first_step] if first_step else []
     if final:
         # a finished run that is started again evaluates its last step once more
-        kept = [record for record in kept if not ("eval_width" in record and record["step"] == first_step)]
+        of_it = lambda record: (
+            record["step"] == first_step and not record.keys().isdisjoint(("eval_width", "eval_exit"))
+        )
+        kept = [record for record in kept if not of_it(record)]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
     aside.replace(path)

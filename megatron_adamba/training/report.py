@@ -11,10 +11,11 @@ from megatron_adamba.blueprint.summary import summarize
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.depth import REASONS
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.root import AdambaConfig, read_run_config
 from megatron_adamba.evaluation.widths import EvaluationRow
 from megatron_adamba.ops.dispatch import available_kernels
 from megatron_adamba.parallel.topology import RankGrid
+from megatron_adamba.training.phase_change import describe_phase_change
 from megatron_adamba.training.run import Run
 
 
@@ -78,7 +79,10 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
         f"optimizer  {config.optimizer.name}, {config.optimizer.schedule}, {config.train.steps} steps",
     ]
     if config.checkpoint.init_from is not None:
-        lines.append(f"weights    of {config.checkpoint.init_from}, where there is nothing to resume")
+        start = config.checkpoint.init_from
+        lines.append(f"weights    of {start}, where there is nothing to resume; optimizer state starts anew")
+        change = describe_phase_change(run.plan.specs, read_run_config(start).get("train"), config.train)
+        lines += [f"phase      {change}"] if change else []
     lines += [f"kernel     {name}: {choice}" for name, choice in available_kernels().items()]
     lines += [f"--depth {parsed.depth}   {key} = {value}  ({REASONS[key]})" for key, value in parsed.derived.items()]
     for line in lines:
@@ -93,11 +97,13 @@ def describe_grid(grid: RankGrid, sequence_parallel: bool) -> str:
 
 
 def print_rows(console: Console, rows: list[EvaluationRow]) -> None:
-    """The table of an evaluation at every width."""
+    """The table of an evaluation at every width, and at every exit where there are any."""
+    exits = any(row.exit_layer is not None for row in rows)
     table = Table(title=f"{rows[0].tokens:,} held-out tokens")
-    for name in ("width", "nats / token", "bits / byte", "forward FLOPs / token"):
+    for name in ("width", *(["blocks"] if exits else []), "nats / token", "bits / byte", "forward FLOPs / token"):
         table.add_column(name, justify="right")
     for row in rows:
         bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        table.add_row(str(row.width), f"{row.nats_per_token:.4f}", bits, f"{row.flops_per_token:.3e}")
+        blocks = ["all" if row.exit_layer is None else str(row.exit_layer)] if exits else []
+        table.add_row(str(row.width), *blocks, f"{row.nats_per_token:.4f}", bits, f"{row.flops_per_token:.3e}")
     console.print(table)

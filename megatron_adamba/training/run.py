@@ -26,6 +26,7 @@ from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.launch import RankInfo
+from megatron_adamba.engine.old_weights import slow_old_weights
 from megatron_adamba.engine.session import TrainingSession
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.adamba import AdambaModel
@@ -60,6 +61,8 @@ class Run:
     sampler: PlanSampler
     validation: EvaluationBatches | None
     frozen: int
+    history: list[dict[str, Any]]
+    """surgery before the run (`checkpoint.history`)"""
 
     @property
     def run_dir(self) -> Path:
@@ -81,6 +84,12 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     if config.checkpoint.init_from is not None:
         check_start(config.checkpoint.init_from, tokenizer)
     config = replace(config, model=resolve_model(config.model, tokenizer.vocab_size))
+    if config.train.phase == 3 and config.model.expanded_from is None:
+        raise ConfigError(
+            "--train.phase 3: goes on with a model that was made wider, and this one was not; start from one with "
+            "--checkpoint.init_from, made by tools/surgery.py expand, or take --train.phase 2"
+        )
+    PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
     # once more, as some rules look at the vocabulary
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
     ds_config = complete_ds_config(raw, config, grid.dp, parsed.deepspeed_config or "the built-in ds_config")
@@ -100,14 +109,17 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
         ep=expert_parallel(topology),
         moe_layer=moe_layer_for(topology, _experts_train(plan)),
     )
+    history = []
     if config.checkpoint.init_from is not None and find_resume(config) is None:
-        load_start(model, plan.specs, config.checkpoint.init_from)
+        history = load_start(model, plan.specs, config.checkpoint.init_from)
     else:
         model.initialize(config.train.seed)
     frozen = freeze_groups(model, plan.specs, config.train.freeze, config.train.phase)
     session = TrainingSession(model, plan.specs, config.optimizer, plan.ds_config, rank_info, topology)
-    sampler = PlanSampler(config.model, config.elastic, config.train.seed)
-    return Run(plan, session, dataset, sampler, validation, frozen)
+    if config.train.phase == 3:
+        slow_old_weights(session, config.model, config.optimizer.old_lr_scale)
+    sampler = PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
+    return Run(plan, session, dataset, sampler, validation, frozen, history)
 
 
 def _experts_train(plan: RunPlan) -> bool:

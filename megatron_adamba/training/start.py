@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.checkpoint.canonical import load_into
+from megatron_adamba.checkpoint.history import read_history
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
 from megatron_adamba.checkpoint.training import latest_checkpoint, together
 from megatron_adamba.config.root import AdambaConfig, read_run_config
@@ -56,17 +58,17 @@ def check_start(folder: str, tokenizer: Tokenizer) -> None:
         raise TokenizerError(f"{FLAG} {folder}: was trained with another tokenizer; leave --data.tokenizer out")
 
 
-def load_start(model: AdambaModel, specs: Sequence[ParamSpec], folder: str) -> None:
+def load_start(model: AdambaModel, specs: Sequence[ParamSpec], folder: str) -> list[dict[str, Any]]:
     """Fill every parameter with this rank's share of the checkpoint's tensors; all ranks fail where one does.
 
-    specs: the model's manifest.
+    specs: the model's manifest. Returns the checkpoint's history.
 
     Raises CheckpointError where files are damaged, ConfigError where the checkpoint holds another model.
     """
-    together(lambda: _load(model, {spec.name: spec for spec in specs}, Path(folder)))
+    return together(lambda: _load(model, {spec.name: spec for spec in specs}, Path(folder)))
 
 
-def _load(model: AdambaModel, specs: dict[str, ParamSpec], folder: Path) -> None:
+def _load(model: AdambaModel, specs: dict[str, ParamSpec], folder: Path) -> list[dict[str, Any]]:
     held = open_checkpoint(folder).weights
     for name in sorted(specs.keys() | held.keys()):
         theirs = held[name].shape if name in held else "none"
@@ -77,3 +79,4 @@ def _load(model: AdambaModel, specs: dict[str, ParamSpec], folder: Path) -> None
                 f"--model settings out that differ from {folder / 'config.json'}"
             )
     load_into(model, folder, lambda name, whole: model.share(specs[name], whole))
+    return read_history(folder)

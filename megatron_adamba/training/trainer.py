@@ -17,7 +17,7 @@ from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
 from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
-from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans
+from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
 from megatron_adamba.files import as_storage_error
 from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.training.checkpointing import resume, start_saving, write_final_model
@@ -29,6 +29,9 @@ from megatron_adamba.training.run import Run
 from megatron_adamba.training.schedule import learning_rate_factor
 from megatron_adamba.training.signals import StopRequest
 from megatron_adamba.training.start import find_resume
+
+MOST_EXITS = 8
+"""exit layers that an evaluation looks at"""
 
 
 class Trainer:
@@ -95,10 +98,9 @@ class Trainer:
         folder = find_resume(self.config)
         if folder is None:
             return
-        self.counters, report = resume(self.run, folder)
-        for what, names in report.items():
-            if names:
-                self._say(f"optimizer state {what}: {len(names)} tensors, {names[0]} first")
+        self.counters, lines = resume(self.run, folder)
+        for line in lines:
+            self._say(line)
         self._say(f"resumed from {folder} at step {self.counters['step']}")
 
     def _loader(self) -> MicroBatchLoader:
@@ -258,11 +260,14 @@ class Trainer:
         )
 
     def evaluate(self, writer: MetricsWriter | None) -> list[EvaluationRow]:
-        """Every width on the run's validation tokens; empty without validation data."""
+        """Every width, and exits where they are trained, on the run's validation tokens; empty without such data."""
         if self.run.validation is None:
             return []
         model = self.config.model
         plans = [uniform_plan(model, width) for width in model.widths]
+        sampler = self.run.sampler
+        if sampler.exit_fraction:
+            plans += exit_plans(model, sampler.min_exit_layer, MOST_EXITS)
 
         def forward(tokens: Tensor, labels: Tensor, seq_idx: Tensor | None, plan: ElasticPlan) -> Tensor:
             return self.session.engine(tokens=tokens, labels=labels, seq_idx=seq_idx, plan=plan, reduction="none")
@@ -276,7 +281,7 @@ class Trainer:
                     writer,
                     {
                         "step": self.counters["step"],
-                        "eval_width": row.width,
+                        "eval_width" if row.exit_layer is None else "eval_exit": row.exit_layer or row.width,
                         "eval_nats_per_token": row.nats_per_token,
                         "eval_bits_per_byte": row.bits_per_byte,
                     },

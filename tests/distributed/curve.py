@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_adamba.blueprint.compat import RunSetup
+from megatron_adamba.blueprint.growth import before_expansion, growth_of, sizes_of
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.blueprint.support import FEATURES, cell
@@ -19,6 +21,7 @@ from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import ElasticConfig, OptimizerConfig, TrainConfig
 from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.engine.experts import moe_layer_for
+from megatron_adamba.engine.old_weights import old_places, slow_old_weights
 from megatron_adamba.engine.session import TrainingSession
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.parallel.expert import expert_parallel
@@ -37,9 +40,14 @@ def run_config(
     sampling: str = "per_layer",
     optimizer: str = "adamw",
     plans_per_step: int = 2,
+    exits: float = 0.0,
+    expanded: bool = False,
     **model: Any,
 ) -> AdambaConfig:
-    """A model with GQA, biases, three widths of which the first holds one KV group, and clipping that bites."""
+    """A model with GQA, biases, three widths of which the first holds one KV group, and clipping that bites.
+
+    exits: share of the plans that leave early. expanded: as made from half the channels and units.
+    """
     shape = {
         "hidden_size": 64,
         "block_pattern": pattern,
@@ -57,9 +65,13 @@ def run_config(
         "mamba_use_mlp": True,
         **model,
     }
+    resolved = resolve_model(ModelConfig(**shape))
+    if expanded:
+        halved = {name: size if name == "head_dim" else size // 2 for name, size in sizes_of(resolved).items()}
+        resolved = replace(resolved, expanded_from=halved)
     return AdambaConfig(
-        model=resolve_model(ModelConfig(**shape)),
-        elastic=ElasticConfig(width_sampling=sampling, plans_per_step=plans_per_step, sandwich_passes=2),
+        model=resolved,
+        elastic=ElasticConfig(sampling, plans_per_step, sandwich_passes=2, exit_fraction=exits, min_exit_layer=1),
         train=TrainConfig(steps=20, micro_batch_size=2, global_batch_size=2 * MICRO_BATCHES, gradient_clipping=0.3),
         # Adam divides by the size of a gradient: with a small eps it turns rounding into updates of full size, and even
         # the plain loop in fp32 then strays from itself in float64 by more than the bound of these tests
@@ -142,9 +154,24 @@ def plain_curve_of(config: AdambaConfig, freeze: list[str], steps: int, skew: fl
                 loss.backward()
                 total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.gradient_clipping).item()
+        kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         optimizer.step()
+        slow_down(config, model, kept)
         curve.append((total, norm))
     return curve
+
+
+def slow_down(config: AdambaConfig, model: AdambaModel, kept: dict[str, torch.Tensor]) -> None:
+    """Of what changed in a step, old weights of an expanded model take a share."""
+    old = before_expansion(config.model)
+    if old is None:
+        return
+    growth = growth_of(old, config.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            change = parameter - kept[name]
+            change[old_places(parameter.shape, growth[name])] *= config.optimizer.old_lr_scale
+            parameter.copy_(kept[name] + change)
 
 
 def ds_settings(stage: int, offload: bool, bf16: bool) -> dict[str, Any]:
@@ -180,7 +207,10 @@ def build_session(
     topology = topology_of(tp, sp, ep)
     settings = complete_ds_config(ds_settings(stage, offload, bf16), config, topology.size("dp"), "the test")
     model = shard_model(build_model(config, list(freeze), skew), topology)
-    return TrainingSession(model, manifest(config.model), config.optimizer, settings, info, topology)
+    session = TrainingSession(model, manifest(config.model), config.optimizer, settings, info, topology)
+    if config.model.expanded_from is not None:
+        slow_old_weights(session, config.model, config.optimizer.old_lr_scale)
+    return session
 
 
 def shard_model(whole: AdambaModel, topology: Topology) -> AdambaModel:

@@ -10,6 +10,7 @@ from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.sections import ElasticConfig
 from megatron_adamba.elastic.sampler import PlanSampler
+from megatron_adamba.errors import ConfigError
 
 WIDTHS = [8, 16, 32]
 
@@ -68,3 +69,36 @@ def test_another_seed_or_step_draws_anew():
     assert base == [sampler("per_layer").plan(step, 0) for step in range(50)]
     assert base != [sampler("per_layer", seed=6).plan(step, 0) for step in range(50)]
     assert base != [sampler("per_layer").plan(step, 1) for step in range(50)]
+
+
+def test_exits_only_where_they_are_trained():
+    never = [sampler("per_layer").plan(step, 0) for step in range(100)]
+    assert all(plan.exit_layer == 4 for plan in never)
+    shape, elastic = sampler("per_layer").model, ElasticConfig(width_sampling="per_layer")
+    plans = [PlanSampler(shape, elastic, 5, phase=2).plan(step, 0) for step in range(2000)]
+    early = [plan.exit_layer for plan in plans if plan.exit_layer < 4]
+    assert abs(len(early) / 2000 - 0.3) < 0.04 and set(early) == {1, 2, 3}
+    assert [plan.widths for plan in plans[:100]] == [plan.widths for plan in never], "widths stay what they were"
+    assert all(PlanSampler(shape, elastic, 5, phase=1).plan(step, 0).exit_layer == 4 for step in range(50))
+
+
+def test_a_sandwich_leaves_in_its_later_passes_half_of_them_at_full_width():
+    mine = sampler("sandwich", exit_fraction=0.5, min_exit_layer=2, sandwich_passes=2)
+    plans = [mine.plan(step, number) for step in range(1000) for number in (0, 1)]
+    assert all(plan.exit_layer == 4 for plan in plans[::2])
+    early = [plan for plan in plans[1::2] if plan.exit_layer < 4]
+    assert abs(len(early) / 1000 - 0.5) < 0.05 and {plan.exit_layer for plan in early} == {2, 3}
+    wide = sum(plan.widths == (32,) * 4 for plan in early) / len(early)
+    assert abs(wide - 0.5) < 0.08
+
+
+def test_exits_of_a_full_run():
+    mine = sampler("full", exit_fraction=1.0)
+    assert {mine.plan(step, 0).exit_layer for step in range(50)} == {1, 2, 3}
+    assert {mine.plan(step, 0).widths for step in range(50)} == {(32,) * 4}
+
+
+@pytest.mark.parametrize("layer", [4, 9])
+def test_an_exit_behind_the_last_block_is_refused(layer):
+    with pytest.raises(ConfigError, match=f"--elastic.min_exit_layer {layer}: must leave a layer out .* try 2"):
+        sampler("per_layer", exit_fraction=0.5, min_exit_layer=layer)

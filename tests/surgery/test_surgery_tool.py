@@ -164,7 +164,10 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("words", [(), ("import", "gpt-oss"), ("export", "hf"), ("graft",)], ids=str)
+COMMANDS = [(), ("import", "gpt-oss"), ("export", "hf"), ("graft",), ("extract",), ("merge-average",), ("compare",)]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=str)
 def test_it_is_a_script(words, tmp_path):
     """From any folder, without an installed package; --help loads no model library."""
     program = [sys.executable, "-X", "importtime", str(SCRIPT), *words]

@@ -109,12 +109,12 @@ def tool(monkeypatch, capsys) -> Runner:
     return start
 
 
-def losses_by_hand(width: int) -> float:
+def losses_by_hand(width: int, exit_layer: int | None = None) -> float:
     """Sum over the documents, each by itself behind an end-of-document token."""
     model, tokenizer, total = tiny_model(), ByteTokenizer(), 0.0
     for text in TEXTS:
         ids = torch.tensor([[tokenizer.eod_id, *tokenizer.encode(text), tokenizer.eod_id]])
-        logits = model(ids[:, :-1], plan=uniform_plan(model.config, width))
+        logits = model(ids[:, :-1], plan=uniform_plan(model.config, width, exit_layer))
         total += torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
     return total
 
@@ -137,6 +137,16 @@ def test_evaluate_scores_every_width(tool, checkpoint, dataset, tmp_path):
         assert row["flops_per_token"] == forward_flops(config, (row["width"],) * 2, 128)
         assert f"{row['nats_per_token']:.4f}" in out and f"{row['bits_per_byte']:.4f}" in out
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_evaluate_scores_every_exit(tool, checkpoint, dataset, tmp_path):
+    words = ("--model", checkpoint, "--data", dataset, "--seq-len", 128, "--dtype", "fp32", "--exits")
+    code, out, err = tool("evaluate", *words, "--json", tmp_path / "t.json")
+    assert (code, err) == (0, "") and "blocks" in out
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [(row["width"], row["exit_layer"]) for row in rows] == [*((width, None) for width in WIDTHS), (32, 1)]
+    assert rows[-1]["nats_per_token"] == pytest.approx(losses_by_hand(32, 1) / rows[-1]["tokens"], abs=1e-5)
+    assert rows[-1]["flops_per_token"] == forward_flops(tiny_model().config, (32, 32), 128, 1)
 
 
 def test_evaluate_reads_no_more_documents_than_asked(tool, checkpoint, dataset, tmp_path):

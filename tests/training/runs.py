@@ -76,10 +76,10 @@ def command(ranks: int, words: list[str]) -> list[str]:
     return [launcher, "--num_gpus", str(ranks), "--master_port", str(random.randint(20000, 40000)), script, *words]
 
 
-def train(ranks: int, words: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+def train(ranks: int, words: list[str], check: bool = True, patience: float = 300) -> subprocess.CompletedProcess[str]:
     """A run to its end, as a plain launcher starts it: one process a rank that finds the others by the environment.
 
-    The result is the first rank's, its exit code the first one that is not zero.
+    The result is the first rank's, its exit code the first one that is not zero. patience: seconds.
     """
     script = [sys.executable, str(ROOT / "pretrain_adamba.py"), *words]
     port = str(random.randint(20000, 40000))
@@ -91,7 +91,7 @@ def train(ranks: int, words: list[str], check: bool = True) -> subprocess.Comple
         found = environment() | (places if ranks > 1 else {})
         processes.append(subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, env=found, cwd=ROOT))
     try:
-        out, errors = processes[0].communicate(timeout=300)
+        out, errors = processes[0].communicate(timeout=patience)
         codes = [process.wait(timeout=60) for process in processes]
     finally:
         for process in processes:

@@ -39,15 +39,25 @@ def rank_processes(launcher: int) -> dict[int, int]:
     return found
 
 
+def changed(path: Path) -> float:
+    try:
+        return path.stat().st_ctime
+    except FileNotFoundError:
+        return 0.0
+
+
 def wait_for_saving(process: subprocess.Popen, root: Path, source: random.Random) -> None:
-    """Until a checkpoint is being written that is not the run's first, and a random moment more."""
-    deadline = time.monotonic() + 120
+    """Until a checkpoint is being written that is not the run's first, and a random moment more.
+
+    What an earlier kill left half-written does not count.
+    """
+    deadline, start = time.monotonic() + 120, time.time()
     saves = source.randint(1, 4)
     seen: set[str] = set()
     while len(seen) < saves:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it saved"
         if latest_checkpoint(root) is not None:
-            seen |= {path.name for path in root.glob("step-*.tmp")}
+            seen |= {path.name for path in root.glob("step-*.tmp") if changed(path) > start}
         time.sleep(0.001)
     time.sleep(source.uniform(0, 0.04))
 

@@ -1,6 +1,8 @@
-"""Phase 1 trains Mamba layers and leaves everything else as it was."""
+"""Phase 1 trains Mamba layers and leaves everything else as it was; phase 2 trains all, exits too."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -48,3 +50,28 @@ def test_experts_elsewhere_stay_as_they_are(tmp_path, ds_config):
         weights.append(load_file(run / "model" / "model-00001-of-00001.safetensors"))
     changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
     assert changed and all(name.startswith("blocks.1.mixer") for name in changed)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, {}), (2, {"parallel__tp": 2, "model__mamba_num_groups": 2})])
+def test_phase_2_goes_on_from_phase_1(tmp_path, ranks, layout):
+    """The same run in another phase: all trains, plans leave early, exits are evaluated, and it says what it kept."""
+    data, run = write_corpus(tmp_path), tmp_path / "run"
+    options = {"model__block_pattern": "TMT", "elastic__plans_per_step": 1, **layout}
+    first = arguments(data, run, **options, train__phase=1, train__steps=10, elastic__width_sampling="full")
+    train(ranks, first)
+    before = load_file(run / "model" / "model-00001-of-00001.safetensors")
+    second = arguments(data, run, **options, train__phase=2, train__steps=30, elastic__exit_fraction=0.6)
+    done = train(ranks, [*second, "--resume", "auto"])
+    said = " ".join(done.stdout.split())
+    assert "phase 1 -> phase 2: now trains" in said and "(embedding, head, norm, gain, attention, mlp)" in said
+    assert (
+        "optimizer state kept: " in said and "optimizer state reset: " in said and "optimizer state dropped" not in said
+    )
+    assert "resumed from" in said and "at step 10" in said
+    after = load_file(run / "model" / "model-00001-of-00001.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("_weight"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    early = [record for record in records if "loss" in record and "@" in record["width"]]
+    assert all(record["step"] > 10 for record in early) and 5 <= len(early) < 20
+    exits = [record["eval_exit"] for record in records if "eval_exit" in record]
+    assert exits == [1, 2] and "blocks" in done.stdout

@@ -133,7 +133,7 @@ def kill_and_resume(words, ranks, run_dir, kills, longest, source):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         time.sleep(0.5)
-    train(ranks, words)
+    train(ranks, words, patience=1500)
     return losses(run_dir)
 
 
@@ -157,7 +157,7 @@ def test_tiny_hybrid_killed_at_random_points(tmp_path):
     options = ["--preset", "tiny-hybrid", "--train.steps", "200", "--checkpoint.interval", "20", "--resume", "auto"]
     words = lambda name: [*options, "--logging.interval", "1", "--logging.run_dir", str(tmp_path / name)]
     start = time.monotonic()
-    train(2, words("whole"))
+    train(2, words("whole"), patience=1500)
     taken = time.monotonic() - start
     resumed = kill_and_resume(words("parts"), 2, tmp_path / "parts", 3, taken, random.Random(11))
     assert resumed == losses(tmp_path / "whole")

@@ -48,6 +48,10 @@ def weights(model):
         (1, {}, "zero1_fp32.json"),
         (2, {"parallel__tp": 2, "parallel__ep": 2}, "zero2_fp32.json"),
         (2, {"parallel__ep": 2}, "zero3_fp32.json"),
+        (1, {}, "zero1.json"),
+        (2, {"parallel__tp": 2, "parallel__ep": 2}, "zero2.json"),
+        (2, {"parallel__ep": 2}, "zero3.json"),
+        (2, {}, "zero3_offload.json"),
     ],
 )
 def test_every_layout_starts_from_the_same_weights(tmp_path, data, base, ranks, settings, ds_config):
@@ -64,6 +68,19 @@ def test_every_layout_starts_from_the_same_weights(tmp_path, data, base, ranks, 
         json.loads((run / "model" / "config.json").read_text())["model"]
         == (json.loads((base / "config.json").read_text())["model"])
     )
+
+
+@pytest.mark.parametrize(("first", "second"), [("zero1.json", "zero3.json"), ("zero3.json", "zero2.json")])
+def test_frozen_weights_stay_fp32_in_bf16_runs_that_go_on(tmp_path, data, base, first, second):
+    """What bf16 would round is saved as it was read, by a run that goes on elsewhere too."""
+    run, before = tmp_path / "run", weights(base)
+    for steps, ranks, ds_config in ((1, 2, first), (2, 1, second), (3, 2, second)):
+        words = from_base(base, data, run, train__steps=steps, train__freeze=ALL_BUT_GAINS)
+        train(ranks, [*words, "--resume", "auto", "--deepspeed_config", str(ROOT / "ds_configs" / ds_config)])
+    after = weights(run / "model")
+    frozen = [name for name in before if ".gain" not in name]
+    assert any(not torch.equal(before[name].bfloat16().float(), before[name]) for name in frozen)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
 def test_a_run_that_goes_on_does_not_start_again(tmp_path, data, base):

@@ -91,7 +91,8 @@ class DenseBlock(nn.Module):
     def __init__(self, config: ModelConfig, source: AttentionBlock, row: NestRow) -> None:
         super().__init__()
         self.heads_per_group = config.num_heads // config.num_kv_groups
-        self.head_dim, self.eps, self.qk_norm = config.head_dim, config.norm_eps, config.qk_norm
+        self.head_dim, self.eps = config.head_dim, config.norm_eps
+        self.head_norm = config.head_dim if config.qk_norm else None
         self.norm_size = row.norm_size
         width, keys = row.width, row.kv_groups * config.head_dim
         queries = keys * self.heads_per_group
@@ -114,8 +115,8 @@ class DenseBlock(nn.Module):
         """x: [batch, seq, width] -> the same shape."""
         u = rms_norm(x, self.attention_norm, self.norm_size, self.eps)
         q, k, v = (self._heads(linear(u)) for linear in (self.q, self.k, self.v))
-        q = rotate_and_norm(q, context.cos, context.sin, self.qk_norm, self.eps)
-        k = rotate_and_norm(k, context.cos, context.sin, self.qk_norm, self.eps)
+        q = rotate_and_norm(q, context.cos, context.sin, self.head_norm, self.eps)
+        k = rotate_and_norm(k, context.cos, context.sin, self.head_norm, self.eps)
         x = x + self.o(attend(q, k, v, None, self.head_dim**-0.5))
         u = rms_norm(x, self.mlp_norm, self.norm_size, self.eps)
         return x + self.down(relu_squared(self.up(u)))
@@ -144,8 +145,8 @@ class MaskedBlock(DenseBlock):
         """x: [batch, seq, hidden_size], zero past the width -> the same shape."""
         u = rms_norm(x, self.attention_norm, self.norm_size, self.eps) * self.width
         q, k, v = (self._heads(linear(u) * mask) for linear, mask in self._projections())
-        q = rotate_and_norm(q, context.cos, context.sin, self.qk_norm, self.eps)
-        k = rotate_and_norm(k, context.cos, context.sin, self.qk_norm, self.eps)
+        q = rotate_and_norm(q, context.cos, context.sin, self.head_norm, self.eps)
+        k = rotate_and_norm(k, context.cos, context.sin, self.head_norm, self.eps)
         x = x + self.o(attend(q, k, v, None, self.head_dim**-0.5)) * self.width
         u = rms_norm(x, self.mlp_norm, self.norm_size, self.eps) * self.width
         return x + self.down(relu_squared(self.up(u)) * self.ffn) * self.width

@@ -7,32 +7,104 @@ from pathlib import Path
 
 from surgery_commands.jobs import add_job, parse_whole_numbers
 
+CODE_SETTINGS = {
+    "rope_base": (float, "base of the rotary frequencies; 10000 in the first release"),
+    "qk_scale": (float, "factor on queries and keys behind their norm; 1 in the first release, and 1 alone is read"),
+    "softcap": (float, "of the logits, 0 for none; 15 in the first release"),
+    "window": (int, "keys before a token's own that a layer S of window_pattern sees"),
+}
+"""what nanochat's files do not say"""
+
 
 def add(commands) -> None:
     command = commands.add_parser("import", help="a published checkpoint as a canonical one")
     kinds = command.add_subparsers(dest="kind", required=True)
     text = "OpenAI's original/ or transformers' folder; bf16, fp32 or MXFP4"
-    command = add_job(kinds, "gpt-oss", text, _import_gpt_oss)
-    command.add_argument("--widths", help="of the nest, e.g. 180,720,1440,2880 (1/16, 1/4, 1/2 and all by default)")
-    command.add_argument("--tokenizer", metavar="FILE", help="to copy; SRC/tokenizer.json by default")
+    _add_nest(add_job(kinds, "gpt-oss", text, _import_gpt_oss))
+    text = "transformers' folder of NanoChatForCausalLM or GptOssForCausalLM"
+    _add_nest(add_job(kinds, "hf", text, _import_hugging_face))
+    command = add_job(kinds, "nanochat", "nanochat's folder of model_NNNNNN.pt and meta_NNNNNN.json", _import_nanochat)
+    command.add_argument("--step", type=int, metavar="N", help="which of several; the last by default")
+    for name, (kind, text) in CODE_SETTINGS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    _add_nest(command)
 
     command = commands.add_parser("export", help="a canonical checkpoint for other software")
     kinds = command.add_subparsers(dest="kind", required=True)
-    command = add_job(kinds, "hf", "for transformers' GptOssForCausalLM", _export_hugging_face)
+    text = "for transformers' NanoChatForCausalLM or GptOssForCausalLM, by what the model is"
+    _add_dtype(add_job(kinds, "hf", text, _export_hugging_face))
+    text = "for nanochat: model_NNNNNN.pt and meta_NNNNNN.json, as in its first release"
+    command = kinds.add_parser("nanochat", help=text, description=text)
+    command.add_argument("source", metavar="SRC", type=Path, help="folder to read")
+    command.add_argument("target", metavar="DST", type=Path, help="folder to make; nothing is written over")
+    command.add_argument("--step", type=int, default=0, metavar="N", help="what it calls itself; 0 by default")
+    command.add_argument("--dry-run", action="store_true", help="check, and show every tensor to be written")
+    command.set_defaults(run=_export_nanochat)
+    _add_dtype(command)
+
+
+def _add_nest(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--widths", help="of the nest, e.g. 180,720,1440,2880 (1/16, 1/4, 1/2 and all by default)")
+    command.add_argument("--tokenizer", metavar="FILE", type=Path, help="to copy; SRC/tokenizer.json by default")
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("bf16", "fp32"), help="of all tensors; the source's by default")
+
+
+def _nest(args: argparse.Namespace) -> dict:
+    return {
+        "widths": parse_whole_numbers("--widths", args.widths, "180,720,1440,2880"),
+        "tokenizer": args.tokenizer,
+    }
+
+
+def _dtype(args: argparse.Namespace):
+    import torch
+
+    return {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
 
 
 def _import_gpt_oss(args: argparse.Namespace):
     from megatron_adamba.surgery.import_gpt_oss import import_gpt_oss
 
-    widths = parse_whole_numbers("--widths", args.widths, "180,720,1440,2880")
-    return import_gpt_oss(args.source, widths, Path(args.tokenizer) if args.tokenizer else None)
+    return import_gpt_oss(args.source, **_nest(args))
+
+
+def _import_hugging_face(args: argparse.Namespace):
+    from megatron_adamba.surgery.import_hf import import_hugging_face
+
+    return import_hugging_face(args.source, **_nest(args))
+
+
+def _import_nanochat(args: argparse.Namespace):
+    from megatron_adamba.surgery.import_nanochat import import_nanochat
+    from megatron_adamba.surgery.nanochat_config import CodeSettings
+
+    code = CodeSettings(**{name: getattr(args, name) for name in CODE_SETTINGS})
+    return import_nanochat(args.source, args.step, code, **_nest(args))
 
 
 def _export_hugging_face(args: argparse.Namespace):
-    import torch
+    from megatron_adamba.surgery.export_hf import export_by_blocks
 
-    from megatron_adamba.surgery.export_gpt_oss import export_hugging_face
+    return export_by_blocks(args.source, _dtype(args))
 
-    dtypes = {None: None, "bf16": torch.bfloat16, "fp32": torch.float32}
-    return export_hugging_face(args.source, dtypes[args.dtype])
+
+def _export_nanochat(args: argparse.Namespace) -> int:
+    """A file of its own kind, so it is not `jobs` that writes it."""
+    from megatron_adamba.surgery.export_nanochat import export_nanochat
+    from megatron_adamba.surgery.nanochat_writing import write_nanochat
+    from megatron_adamba.surgery.sources import DTYPE_NAMES
+    from megatron_adamba.surgery.writing import check_target
+
+    check_target(args.target)
+    job = export_nanochat(args.source, args.step, _dtype(args))
+    if args.dry_run:
+        for tensor in job.tensors:
+            print(f"{tensor.name}  {list(tensor.shape)} {DTYPE_NAMES[tensor.dtype]}  <- {tensor.origin}")
+    else:
+        write_nanochat(job, args.target, lambda *_: None)
+    made = "would hold" if args.dry_run else "holds"
+    print(f"{args.target} {made} {len(job.tensors)} tensors, {job.num_bytes / 1e9:.3f} GB, in 1 file; {job.promise}")
+    return 0

@@ -13,8 +13,8 @@ from megatron_adamba.ops.nested_linear import Accumulation, GradientSink
 class Experts(nn.Module):
     """Clamped SwiGLU MLPs with biases.
 
-    Parameters: gate_weight, up_weight [experts, expert_ffn_size, hidden_size], down_weight [experts, hidden_size,
-    expert_ffn_size], gate_bias, up_bias [experts, expert_ffn_size], down_bias [experts, hidden_size].
+    Parameters: gate_weight, up_weight [experts, expert_ffn_size, width], down_weight [experts, width,
+    expert_ffn_size], gate_bias, up_bias [experts, expert_ffn_size], down_bias [experts, width].
     """
 
     NAMES = ("gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
@@ -23,8 +23,8 @@ class Experts(nn.Module):
         """count: experts of this rank."""
         super().__init__()
         self.limit, self.slope = config.expert_gate_limit, config.expert_gate_slope
-        rows, hidden = config.expert_ffn_size, config.hidden_size
-        shapes = ((rows, hidden), (rows, hidden), (hidden, rows), (rows,), (rows,), (hidden,))
+        rows, width = config.expert_ffn_size, config.widths[-1]
+        shapes = ((rows, width), (rows, width), (width, rows), (rows,), (rows,), (width,))
         for name, shape in zip(self.NAMES, shapes):
             self.register_parameter(name, nn.Parameter(torch.empty(count, *shape, device=device)))
         self.sinks = tuple(GradientSink() for _ in self.NAMES)

@@ -13,7 +13,7 @@ from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
 
 class Router(nn.Module):
-    """A linear map with bias from a token to a logit for each expert. Parameters: weight [experts, hidden_size], bias.
+    """A linear map with bias from a token to a logit for each expert. Parameters: weight [experts, width], bias.
 
     Its forward returns a tensor and nothing else, so that whoever gathers a module's parameters around its call can
     hook on to what comes back.
@@ -24,7 +24,7 @@ class Router(nn.Module):
         self.tp = tp
         self.k = config.experts_per_token
         self.balance_weight, self.z_weight = config.router_balance_weight, config.router_z_weight
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.widths[-1], device=device))
         self.bias = nn.Parameter(torch.empty(config.num_experts, device=device))
         self.sinks = (GradientSink(), GradientSink())
 

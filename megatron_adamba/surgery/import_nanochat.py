@@ -1,0 +1,122 @@
+"""nanochat checkpoints, its own .pt files and transformers' folders, as canonical ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.checkpoint.history import extended_history
+from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.errors import CheckpointError, ConfigError
+from megatron_adamba.surgery.importing import Claims, Source, new_gain, own_tokenizer, tokenizer_settings, with_nest
+from megatron_adamba.surgery.nanochat import OWN, TRANSFORMERS, Layout
+from megatron_adamba.surgery.nanochat_config import CodeSettings, read_metadata, read_transformers_config
+from megatron_adamba.surgery.nanochat_extras import idle_extras
+from megatron_adamba.surgery.sources import TensorFolder, read_json
+from megatron_adamba.surgery.torch_file import TorchFile
+from megatron_adamba.surgery.writing import Job, PlannedTensor
+
+PROMISE = "the logits at full width are the source's; gains are new and one"
+
+
+def import_nanochat(
+    source: Path,
+    step: int | None = None,
+    code: CodeSettings | None = None,
+    widths: Sequence[int] | None = None,
+    tokenizer: Path | None = None,
+) -> Job:
+    """Check a folder of model_NNNNNN.pt and meta_NNNNNN.json and plan its canonical checkpoint.
+
+    step: None takes the last; code: what the files do not say; widths, tokenizer: as in `import_gpt_oss`.
+    Raises CheckpointError, ConfigError (flags), TokenizerError.
+    """
+    path, metadata = find_step(source, step)
+    values = read_json(metadata)
+    file = TorchFile(path)
+    idle = idle_extras(file)
+    config = read_metadata(metadata, values, code or CodeSettings(), min(idle, default=None))
+    config = with_nest(config, metadata, widths)
+    claims = Claims(file, path, metadata.name, idle)
+    plan = _plan(file, claims, OWN, config)
+    promise = PROMISE
+    if padding := file.entries[OWN.place("embedding.weight")].info.shape[0] - config.vocab_size:
+        promise += f"; {padding} padding rows of the vocabulary are left out"
+    arguments = {"step": int(re.sub(r"\D", "", path.stem)), "rope_base": config.rope_theta}
+    arguments |= {"softcap": config.logit_softcap, "window": config.sliding_window and config.sliding_window - 1}
+    return _job(source, "import nanochat", plan, config, promise, arguments, OWN, tokenizer)
+
+
+def import_hugging_face_nanochat(
+    source: Path, widths: Sequence[int] | None = None, tokenizer: Path | None = None
+) -> Job:
+    """Check a folder of transformers' NanoChatForCausalLM and plan its canonical checkpoint. Raises as above."""
+    config_path = source / "config.json"
+    folder = TensorFolder(source)
+    config = with_nest(read_transformers_config(config_path, read_json(config_path)), config_path, widths)
+    plan = _plan(folder, Claims(folder, source, "config.json"), TRANSFORMERS, config)
+    return _job(source, "import hf", plan, config, PROMISE, {}, TRANSFORMERS, tokenizer)
+
+
+def find_step(folder: Path, step: int | None) -> tuple[Path, Path]:
+    """Weights and metadata of a step, None being the last. Raises CheckpointError, ConfigError (step)."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give one that holds model_NNNNNN.pt")
+    found = ((path, re.fullmatch(r"model_(\d+)\.pt", path.name)) for path in sorted(folder.iterdir()))
+    steps = {int(name[1]): path for path, name in found if name}
+    if not steps:
+        raise CheckpointError(f"{folder}: holds no model_NNNNNN.pt; give the folder of a nanochat checkpoint")
+    if step is None:
+        step = max(steps)
+    if step not in steps:
+        raise ConfigError(
+            f"--step {step}: {folder} holds {', '.join(map(str, sorted(steps)))}; try --step {max(steps)}"
+        )
+    digits = steps[step].stem.removeprefix("model_")
+    return steps[step], folder / f"meta_{digits}.json"
+
+
+def _job(
+    source: Path,
+    operation: str,
+    plan: tuple[PlannedTensor, ...],
+    config: ModelConfig,
+    promise: str,
+    arguments: dict[str, Any],
+    layout: Layout,
+    tokenizer: Path | None,
+) -> Job:
+    tokenizer = tokenizer or own_tokenizer(source)
+    values = {"model": asdict(config), **tokenizer_settings(tokenizer, config.vocab_size)}
+    arguments |= {"widths": config.widths, "tokenizer": tokenizer.name if tokenizer else None}
+    history = extended_history(source, operation, arguments, layout.title)
+    return Job(plan, values, history, promise, [tokenizer] if tokenizer else [])
+
+
+def _plan(source: Source, claims: Claims, layout: Layout, config: ModelConfig) -> tuple[PlannedTensor, ...]:
+    """Every canonical tensor; every tensor of the source is used, or the first that is not is named."""
+    planned = tuple(
+        new_gain(spec) if spec.group == "gain" else _tensor(source, claims, layout, spec) for spec in manifest(config)
+    )
+    claims.finish("nanochat")
+    return planned
+
+
+def _tensor(source: Source, claims: Claims, layout: Layout, spec: ParamSpec) -> PlannedTensor:
+    name, padded = layout.place(spec.name), layout.padded_vocabulary and spec.kind == "table"
+
+    def fits(shape: tuple[int, ...]) -> bool:
+        if padded and len(shape) == 2:
+            return shape[0] >= spec.shape[0] and shape[1] == spec.shape[1]
+        return shape == spec.shape
+
+    info = claims.take(name, fits, spec.shape).info
+    if info.shape == spec.shape:
+        return PlannedTensor(spec.name, spec.shape, info.dtype, name, partial(source.read, name))
+    origin = f"{name}, rows 0 to {spec.shape[0] - 1} of {info.shape[0]}"
+    return PlannedTensor(spec.name, spec.shape, info.dtype, origin, partial(source.rows, name, 0, spec.shape[0]))

@@ -1,0 +1,173 @@
+"""Sorting by importance changes nothing at full width, and moves the units that say most to the front."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from surgery.test_expand import GROWING, logits, source_model
+from surgery.test_graft import load, saved
+
+from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
+from megatron_adamba.data.indexed_dataset import IndexedDataset
+from megatron_adamba.data.packed import evaluation_batches
+from megatron_adamba.errors import ConfigError
+from megatron_adamba.surgery.canonical_source import open_canonical
+from megatron_adamba.surgery.importance import measure
+from megatron_adamba.surgery.permutation import Order, axis_roles
+from megatron_adamba.surgery.reorder import KINDS, chosen_order, fill, narrow_loss, reorder, with_kind
+from megatron_adamba.surgery.writing import write_job
+
+
+def random_order(config, seed: int) -> Order:
+    """Of everything, at once."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = lambda n: torch.randperm(n, generator=generator)
+    size = config.num_heads // config.num_kv_groups
+    order = Order(config.head_dim, hidden=shuffled(config.hidden_size))
+    for block, letter in enumerate(config.block_pattern):
+        if letter in "TE":
+            inside = torch.stack([shuffled(size) + group * size for group in shuffled(config.num_kv_groups)])
+            order.heads[block] = inside
+        if letter == "E":
+            order.experts[block] = shuffled(config.num_experts)
+            order.ffn[block] = torch.stack([shuffled(config.expert_ffn_size) for _ in range(config.num_experts)])
+        elif letter == "T" or config.mamba_use_mlp:
+            order.ffn[block] = shuffled(config.ffn_size)
+    return order
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_any_order_keeps_full_width(name, tmp_path):
+    model = source_model(name)
+    source, want, narrow = open_canonical(saved(model, tmp_path / "a")), logits(model, 32), logits(model, 16)
+    fill(model, source, random_order(model.config, seed=2))
+    assert (logits(model, 32) - want).abs().max() <= 1e-5 * max(want.abs().max(), 1)
+    # a Mamba layer is never sliced
+    moved = (logits(model, 16) - narrow).abs().max() > 1e-2
+    assert moved == (set(model.config.block_pattern) != {"M"} or model.config.mamba_use_mlp), "or nothing was moved"
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_every_axis_of_every_parameter_has_a_role(name):
+    model = source_model(name)
+    for key, parameter in model.named_parameters():
+        roles = axis_roles(key)
+        assert len(roles) in (0, parameter.dim()), key
+        for size, role in zip(parameter.shape, roles):
+            assert role != "hidden" or size == 32, key
+
+
+def test_importance_is_what_the_formulas_say():
+    """Of a T block without bias, by hand in float64."""
+    model = source_model("T", block_pattern="T", sliding_window=None, window_pattern="L")
+    tokens = torch.randint(0, 257, (2, 9), generator=torch.Generator().manual_seed(4))
+    seen = {}
+    block = model.blocks[0]
+    handles = [
+        module.register_forward_hook(lambda module, given, out, key=key: seen.update({key: (given[0], out)}))
+        for key, module in (
+            ("first", block.attention_norm), ("second", block.mlp_norm), ("last", model.final_norm),
+            ("out", block.attention.out), ("down", block.mlp.down),
+        )
+    ]  # fmt: skip
+    got = measure(model, [(tokens, None)])
+    for handle in handles:
+        handle.remove()
+    norms = [seen[key][1].double().abs().mean((0, 1)) for key in ("first", "second", "last")]
+    hidden = sum(norm / norm.mean() for norm in norms)
+    assert torch.allclose(got.hidden.double(), hidden, rtol=1e-5)
+    heads = seen["out"][0].double().square().sum((0, 1)).view(2, 2, 8).sum(-1)
+    assert torch.allclose(got.heads[0].double(), heads, rtol=1e-5)
+    inner = seen["down"][0].double()
+    up = torch.relu(seen["second"][1].double() @ block.mlp.up.up_weight.double().t()) ** 2
+    assert torch.allclose(inner, up, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(got.ffn[0].double(), up.square().sum((0, 1)), rtol=1e-4)
+    assert not got.experts
+
+
+def test_importance_of_experts():
+    """Rows inside each expert, and experts by what they add, from the formulas."""
+    model = source_model("TE", block_pattern="E")
+    tokens = torch.randint(0, 257, (1, 30), generator=torch.Generator().manual_seed(4))
+    block, seen = model.blocks[0], {}
+    handles = [
+        block.moe.register_forward_hook(lambda module, given, out: seen.update(x=given[0].double())),
+    ]
+    got = measure(model, [(tokens, None)])
+    handles[0].remove()
+    x = seen["x"].flatten(0, 1)
+    router, experts = block.moe.router, {k: v.double() for k, v in block.moe.experts.named_parameters()}
+    scores = x @ router.weight.double().t() + router.bias.double()
+    best = scores.topk(model.config.experts_per_token, dim=1)
+    weight = torch.zeros_like(scores).scatter_(1, best.indices, best.values.softmax(1))
+    for e in range(model.config.num_experts):
+        own = weight[:, e] > 0
+        gate = (x[own] @ experts["gate_weight"][e].t() + experts["gate_bias"][e]).clamp(max=7)
+        up = (x[own] @ experts["up_weight"][e].t() + experts["up_bias"][e]).clamp(-7, 7)
+        inner = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        assert torch.allclose(got.ffn[0][e].double(), inner.square().sum(0), rtol=1e-4, atol=1e-6)
+        out = (inner @ experts["down_weight"][e].t() + experts["down_bias"][e]) * weight[own, e, None]
+        assert torch.allclose(got.experts[0][e].double(), out.norm(dim=1).sum(), rtol=1e-4)
+
+
+def test_planted_importance_is_found(tmp_path):
+    """Units that alone say something lie at the end; sorted, they come first."""
+    model = source_model("T", block_pattern="T", num_kv_groups=4)
+    block = model.blocks[0]
+    with torch.no_grad():
+        block.mlp.up.up_weight[:-16] *= 0.01
+        block.attention.qkv.v_weight[:-8] *= 0.01
+    tokens = torch.randint(0, 257, (2, 31), generator=torch.Generator().manual_seed(4))
+    importance = measure(model, [(tokens, None)])
+    order = with_kind(with_kind(Order(8), "ffn", importance), "heads", importance)
+    assert set(order.ffn[0][:16].tolist()) == set(range(112, 128))
+    assert order.heads[0].flatten()[0] == 3
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Documents in which a token is followed by one of few."""
+    source = np.random.default_rng(3)
+    with IndexedDatasetBuilder(tmp_path / "text", np.uint16) as builder:
+        for _ in range(12):
+            builder.add_document(np.cumsum(source.integers(1, 4, 120)) % 250)
+        builder.finalize()
+    return IndexedDataset(tmp_path / "text")
+
+
+def test_what_does_not_help_is_left_out(tmp_path, data):
+    """The losses of the trials are those of the models that they stand for, and only what lowers them is kept."""
+    model = source_model("TEM")
+    folder = saved(model, tmp_path / "a")
+    batches = evaluation_batches(data, 60, 4, 256, None)
+    job, trials = reorder(folder, batches, {"data": "text"})
+    assert [trial.kind for trial in trials] == list(KINDS)
+    write_job(job, tmp_path / "b", 60_000, lambda *_: None)
+    new = load(tmp_path / "b")
+    want = logits(model, 32)
+    assert (logits(new, 32) - want).abs().max() <= 1e-5 * max(want.abs().max(), 1)
+    kept = [trial.after for trial in trials if trial.kept]
+    assert trials[0].before == pytest.approx(narrow_loss(model, batches), abs=1e-6)
+    assert narrow_loss(new, batches) == pytest.approx(kept[-1] if kept else trials[0].before, abs=1e-5)
+    experts = trials[-1]
+    assert experts.after == pytest.approx(experts.before, abs=1e-5), "their order changes no loss"
+    (entry,) = json.loads((tmp_path / "b" / "surgery.json").read_text())
+    assert entry["arguments"]["kept"] == [trial.kind for trial in trials if trial.kept]
+
+
+def test_each_kind_alone(tmp_path, data):
+    model = source_model("TEM")
+    source = open_canonical(saved(model, tmp_path / "a"))
+    batches = evaluation_batches(data, 60, 4, 256, None)
+    for kind in KINDS:
+        _, trials = chosen_order(source, load(tmp_path / "a"), batches, [kind])
+        assert [trial.kind for trial in trials] == [kind]
+
+
+def test_a_model_of_one_width_has_nothing_to_gain(tmp_path, data):
+    folder = saved(source_model("T", widths=[32]), tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"has one width alone \(32\)"):
+        reorder(folder, evaluation_batches(data, 60, 4, 256, None), {})

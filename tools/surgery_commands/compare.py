@@ -1,0 +1,91 @@
+"""compare: how far the logits and losses of two models are apart on real tokens."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_adamba.config.rules import positive
+from megatron_adamba.files import write_atomically
+from surgery_commands.extract import add_plan_flags, plan_flags
+
+
+def add(commands) -> None:
+    text = "how far logits and losses of two models are apart on real tokens, in fp32"
+    command = commands.add_parser("compare", help=text, description=text)
+    command.add_argument("first", metavar="A", type=Path, help="folder of a canonical checkpoint")
+    command.add_argument("second", metavar="B", type=Path, help="folder of another one with the same vocabulary")
+    command.add_argument("--data", metavar="PREFIX", nargs="+", required=True, help="prefixes of tokenized datasets")
+    add_plan_flags(command)
+    command.add_argument("--tokens", type=int, metavar="N", help="only the first documents up to so many tokens")
+    command.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
+    command.add_argument("--batch-size", type=int, default=1, help="windows of one forward pass")
+    command.add_argument("--json", metavar="FILE", help="write the numbers as JSON too")
+    command.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    width, widths, exit_layer = plan_flags(args)
+    for flag in ("tokens", "seq_len", "batch_size"):
+        if getattr(args, flag) is not None:
+            positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
+
+    from megatron_adamba.inference.load import load_model
+    from megatron_adamba.surgery.compare import comparable_plans, compare_models
+
+    folders = (args.first, args.second)
+    plans = comparable_plans(folders, width, widths, exit_layer)
+    first, second = (load_model(folder, "fp32") for folder in folders)
+    batches = _batches(args, first.tokenizer)
+    result = compare_models((first.model, second.model), plans, batches, first.device)
+    for line in _lines(folders, plans, result):
+        print(line)
+    if args.json:
+        write_atomically(Path(args.json), (json.dumps(_report(args, plans, result), indent=2) + "\n").encode())
+    return 0
+
+
+def _lines(folders, plans, result) -> Iterator[str]:
+    worst, mean = result.max_logit_difference, result.mean_logit_difference
+    yield f"logits  differ by {worst:.3e} at most, {mean:.3e} on average, over {result.tokens:,} tokens"
+    for folder, plan, loss in zip(folders, plans, (result.first_loss, result.second_loss)):
+        yield f"loss    {loss:.6f} nats per token: {folder} at width {plan.label}"
+    yield f"loss    {result.loss_difference:+.3e} from the first to the second"
+
+
+def _report(args: argparse.Namespace, plans, result) -> dict[str, Any]:
+    models = {"first": str(args.first), "second": str(args.second), "data": args.data}
+    chosen = {"first_plan": asdict(plans[0]), "second_plan": asdict(plans[1])}
+    return {**models, **chosen, **asdict(result), "loss_difference": result.loss_difference}
+
+
+def _batches(args: argparse.Namespace, tokenizer) -> Iterator[Any]:
+    """Of one dataset after the other; all are opened before the first is read."""
+    from megatron_adamba.data.blend import open_dataset
+    from megatron_adamba.data.packed import evaluation_batches
+
+    opened = [open_dataset(prefix, tokenizer, "--data") for prefix in args.data]
+    left = args.tokens
+    parts = []
+    for indexed in opened:
+        if left is not None and left <= 0:
+            break
+        part = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id, left)
+        parts.append(part)
+        left = None if left is None else left - part.num_tokens
+    return _with_progress(parts, sum(map(len, parts)))
+
+
+def _with_progress(parts: list, count: int) -> Iterator[Any]:
+    show, number = sys.stderr.isatty(), 0
+    for part in parts:
+        for batch in part:
+            number += 1
+            if show:
+                print(f"batch {number} of {count}", file=sys.stderr)
+            yield batch

@@ -1,0 +1,38 @@
+"""expand: more channels around the old ones."""
+
+from __future__ import annotations
+
+import argparse
+
+from surgery_commands.jobs import add_job
+
+SIZE_FLAGS = {
+    "num_kv_groups": "KV groups of the wider model",
+    "ffn_size": "rows of its MLPs",
+    "expert_ffn_size": "rows of its experts",
+    "mamba_num_groups": "groups of its Mamba-2 mixers",
+}
+
+
+def add(commands) -> None:
+    command = add_job(commands, "expand", "a wider model that computes what the source does", _plan)
+    command.add_argument("--hidden", type=int, required=True, metavar="N", help="channels of the wider model")
+    text = "more KV groups of the old head_dim, or larger heads (the same logits where there is no QK-norm)"
+    command.add_argument("--heads", choices=("add-heads", "grow-dim"), default="add-heads", help=text)
+    command.add_argument("--rank", type=int, default=16, help="of new weights that read: A @ B")
+    command.add_argument("--std", type=float, default=0.01, help="standard deviation of A")
+    command.add_argument("--seed", type=int, default=1234, help="of new weights")
+    for name, text in SIZE_FLAGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        command.add_argument(flag, type=int, metavar="N", help=f"{text}; in proportion to --hidden by default")
+
+
+def _plan(args: argparse.Namespace):
+    from megatron_adamba.config.rules import in_range, positive
+    from megatron_adamba.surgery.expand import Noise, expand
+    from megatron_adamba.surgery.expand_config import Sizes
+
+    positive("--rank", args.rank)
+    in_range("--std", args.std, 0, float("inf"))
+    sizes = Sizes(**{name: getattr(args, name) for name in SIZE_FLAGS})
+    return expand(args.source, args.hidden, args.heads, Noise(args.rank, args.std, args.seed), sizes)

@@ -1,0 +1,47 @@
+"""reorder: important channels and units first."""
+
+from __future__ import annotations
+
+import argparse
+
+from surgery_commands.jobs import add_job
+
+KINDS = ("hidden", "ffn", "heads", "experts")
+
+
+def add(commands) -> None:
+    text = "the same model with its important channels and units first, for narrow widths to keep"
+    command = add_job(commands, "reorder", text, _plan)
+    command.add_argument("--data", required=True, metavar="PREFIX", help="dataset of calibration text")
+    command.add_argument("--tokens", type=int, default=65536, metavar="N", help="its first documents up to so many")
+    command.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
+    command.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
+    command.add_argument("--orders", default=",".join(KINDS), help="kinds to try, in this order")
+
+
+def _plan(args: argparse.Namespace):
+    from megatron_adamba.config.root import find_tokenizer
+    from megatron_adamba.config.rules import one_of, positive
+    from megatron_adamba.data.blend import open_dataset
+    from megatron_adamba.data.packed import evaluation_batches
+    from megatron_adamba.data.tokenizer import load_tokenizer
+    from megatron_adamba.errors import TokenizerError
+    from megatron_adamba.surgery.reorder import reorder
+
+    for flag in ("tokens", "seq_len", "batch_size"):
+        positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
+    kinds = args.orders.split(",")
+    for kind in kinds:
+        one_of("--orders", kind, KINDS)
+    found = find_tokenizer(args.source)
+    if found is None:
+        raise TokenizerError(f"{args.source}: holds no tokenizer, and its config.json names none; copy it there")
+    tokenizer = load_tokenizer(found)
+    indexed = open_dataset(args.data, tokenizer, "--data")
+    batches = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id, args.tokens)
+    calibration = {"data": args.data, "tokens": batches.num_tokens, "seq_len": args.seq_len}
+    job, trials = reorder(args.source, batches, calibration, kinds)
+    for trial in trials:
+        done = "kept" if trial.kept else "left out"
+        print(f"{trial.kind:8} {trial.before:.4f} -> {trial.after:.4f} nats at the narrow widths: {done}")
+    return job
