@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_adamba.blueprint.degrees import legal_tp_degrees, obstacle
 from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.blueprint.stages import least_micro_steps, num_chunks
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.errors import ConfigError
@@ -27,12 +28,24 @@ class RunSetup:
         return self.config.parallel.tp
 
     @property
+    def pp(self) -> int:
+        return self.config.parallel.pp
+
+    @property
+    def schedule(self) -> str:
+        return self.config.parallel.pipeline_schedule
+
+    @property
+    def chunks(self) -> int:
+        return num_chunks(self.pp, self.schedule)
+
+    @property
     def ep(self) -> int:
         return self.config.parallel.ep
 
     @property
     def dp(self) -> int:
-        return max(1, self.world_size // (self.tp * self.config.parallel.pp))
+        return max(1, self.world_size // (self.tp * self.pp))
 
     @property
     def model(self) -> ModelConfig:
@@ -58,6 +71,31 @@ def _legal_batch(setup: RunSetup) -> int:
     return max(part, -(-setup.config.train.global_batch_size // part) * part)
 
 
+def _micro_steps(setup: RunSetup) -> int:
+    """Passes of micro-batches in a step on one replica."""
+    elastic = setup.config.elastic
+    return int(_accumulation(setup)) * (elastic.sandwich_passes if elastic.width_sampling == "sandwich" else 1)
+
+
+def _pipeline_batch(setup: RunSetup) -> int:
+    """The batch with which the pipeline has enough to do."""
+    passes = _micro_steps(setup) // int(_accumulation(setup))
+    least = -(-least_micro_steps(setup.pp, setup.schedule) // passes)
+    return least * setup.config.train.micro_batch_size * setup.dp
+
+
+def _legal_pp(setup: RunSetup) -> list[int]:
+    ranks = setup.world_size // setup.tp
+    return [n for n in range(1, ranks + 1) if ranks % n == 0]
+
+
+def _fitting_pp(setup: RunSetup) -> str:
+    depth = setup.model.num_layers
+    if setup.schedule != "1f1b" and setup.pp <= depth:
+        return "--parallel.pipeline_schedule 1f1b"
+    return f"--parallel.pp {max(n for n in _legal_pp(setup) if num_chunks(n, setup.schedule) <= depth or n == 1)}"
+
+
 def _legal_ep(setup: RunSetup) -> list[int]:
     ranks, experts = setup.dp * setup.tp, setup.model.num_experts
     return [n for n in range(1, ranks + 1) if ranks % n == 0 and experts % n == 0 and (experts or n == 1)]
@@ -70,19 +108,35 @@ def _legal_plans(setup: RunSetup) -> list[int]:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "pipeline parallelism",
-        lambda s: s.config.parallel.pp > 1,
-        lambda s: (
-            "--parallel: this version runs data, tensor, sequence and expert parallelism and ZeRO 1 to 3; "
-            "use --parallel.pp 1"
-        ),
-    ),
-    Rule(
         "a tensor-parallel degree that the ranks do not have",
         lambda s: s.world_size % s.tp != 0,
         lambda s: (
             f"--parallel.tp {s.tp}: must divide the {s.world_size} ranks that the launcher starts; "
             f"one of {[n for n in range(1, s.world_size + 1) if s.world_size % n == 0]}"
+        ),
+    ),
+    Rule(
+        "a pipeline that the ranks do not have",
+        lambda s: s.world_size % (s.tp * s.pp) != 0,
+        lambda s: (
+            f"--parallel.pp {s.pp} x --parallel.tp {s.tp}: must divide the {s.world_size} ranks that the launcher "
+            f"starts; with this tp, pp may be one of {_legal_pp(s)}"
+        ),
+    ),
+    Rule(
+        "a pipeline with more chunks than blocks",
+        lambda s: s.pp > 1 and s.chunks > s.model.num_layers,
+        lambda s: (
+            f"--parallel.pp {s.pp}: {s.schedule} runs {s.chunks} chunks, and the pattern has {s.model.num_layers} "
+            f"blocks; use {_fitting_pp(s)}"
+        ),
+    ),
+    Rule(
+        "a pipeline with other ZeRO stages than 1",
+        lambda s: s.pp > 1 and s.zero_stage > 1,
+        lambda s: (
+            f"--parallel.pp {s.pp}: runs with ZeRO 1, not {s.zero_stage}, as gradients are complete only behind the "
+            f"last micro-batch; use --deepspeed_config ds_configs/zero1.json"
         ),
     ),
     Rule(
@@ -142,6 +196,14 @@ RULES: tuple[Rule, ...] = (
         lambda s: (
             f"--train.global_batch_size {s.config.train.global_batch_size}: must be a multiple of "
             f"micro_batch_size x replicas = {s.config.train.micro_batch_size} x {s.dp}; try {_legal_batch(s)}"
+        ),
+    ),
+    Rule(
+        "a pipeline with too few micro-batches",
+        lambda s: s.pp > 1 and _micro_steps(s) < least_micro_steps(s.pp, s.schedule),
+        lambda s: (
+            f"--parallel.pp {s.pp}: {s.schedule} needs {least_micro_steps(s.pp, s.schedule)} passes of micro-batches "
+            f"in a step, and there are {_micro_steps(s)}; use --train.global_batch_size {_pipeline_batch(s)}"
         ),
     ),
     Rule(

@@ -13,6 +13,9 @@ BLOCK_WORDS = {"transformer": "T", "mamba": "M", "moe": "E"}
 MAX_BLOCKS = 4096
 """A longer pattern is a slip of the hand; it is refused before its letters are written out."""
 
+CUT = "|"
+"""Where a pipeline stage ends, in a pattern."""
+
 _FLAG = "--model.block_pattern"
 
 
@@ -20,7 +23,8 @@ def parse_pattern(pattern: str | Sequence[str] | None, num_layers: int | None) -
     """Letters of all blocks, first to last.
 
     pattern: a string with letters T, M and E, parentheses and repeats `xN` after a letter or a group, spaces ignored;
-        or a list of letters or words; or None, which is `num_layers` blocks of T.
+        or a list of letters or words; or None, which is `num_layers` blocks of T. `|` between blocks is left out
+        (`parse_cuts`).
     Raises ConfigError for an unknown letter or word, an unbalanced parenthesis, a bad repeat, or a length that is
     not `num_layers` where that is given too.
     """
@@ -32,6 +36,7 @@ def parse_pattern(pattern: str | Sequence[str] | None, num_layers: int | None) -
         letters = BLOCK_WORDS.get(pattern.strip().lower()) or _Parser(pattern).parse()
     else:
         letters = "".join(_letter_of(item) for item in pattern)
+    letters = letters.replace(CUT, "")
     if not letters:
         raise ConfigError(f"{_FLAG} {pattern!r}: holds no block; for example {_FLAG} (TM)x4")
     if num_layers is not None and num_layers != len(letters):
@@ -42,9 +47,26 @@ def parse_pattern(pattern: str | Sequence[str] | None, num_layers: int | None) -
     return tuple(letters)
 
 
+def parse_cuts(pattern: str | Sequence[str] | None) -> tuple[int, ...] | None:
+    """Where the parts between `|` begin and the last one ends, in blocks: (0, 2, 4) of "TM|TM"; None without any.
+
+    Raises ConfigError for a part without a block, and as `parse_pattern` does.
+    """
+    if pattern is None or CUT not in pattern:
+        return None
+    letters = _Parser(pattern).parse() if isinstance(pattern, str) else "".join(_letter_of(item) for item in pattern)
+    parts = letters.split(CUT)
+    if not all(parts):
+        raise ConfigError(f"{_FLAG} {pattern!r}: a | without a block on each side; for example {_FLAG} TM|TM")
+    bounds = [0]
+    for part in parts:
+        bounds.append(bounds[-1] + len(part))
+    return tuple(bounds)
+
+
 def _letter_of(item: str) -> str:
     word = item.strip()
-    if word in BLOCK_WORDS.values():
+    if word in (*BLOCK_WORDS.values(), CUT):
         return word
     if word.lower() in BLOCK_WORDS:
         return BLOCK_WORDS[word.lower()]
@@ -91,7 +113,7 @@ class _Parser:
                 raise self._error("a '(' without its ')'")
             self.position += 1
             return inner
-        if character not in BLOCK_WORDS.values():
+        if character not in (*BLOCK_WORDS.values(), CUT):
             raise self._error(f"unknown block {character!r} (blocks are T, M and E)")
         self.position += 1
         return character

@@ -40,6 +40,8 @@ FEATURES = (
     Feature("tensor parallel", {"parallel.tp": 2}, slot="ranks"),
     Feature("TP x data parallel", {"parallel.tp": 2}, slot="ranks", world_size=4),
     Feature("sequence parallel", {"parallel.tp": 2, "parallel.sp": True}),
+    Feature("pipeline parallel", {"parallel.pp": 2}, slot="ranks"),
+    Feature("PP x data parallel", {"parallel.pp": 2}, slot="ranks", world_size=4),
     Feature("experts", EXPERTS),
     Feature("expert parallel", EXPERTS | {"parallel.ep": 2}),
     Feature("Muon", {"optimizer.name": "muon"}),

@@ -17,9 +17,9 @@ def written_aside(folder: Path) -> Iterator[Path]:
     The files in it are the block's to sync. After a failure `folder` is what it was. Raises StorageError where the
     disk is full or refuses to be written to.
     """
-    aside, old = (folder.with_name(folder.name + end) for end in (".tmp", ".replaced.tmp"))
+    aside, old = _beside(folder, ".tmp"), _beside(folder, ".replaced.tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        clear_leftovers(folder)
         aside.mkdir(parents=True)
         yield aside
         sync_directory(aside)
@@ -34,3 +34,12 @@ def written_aside(folder: Path) -> Iterator[Path]:
         if not isinstance(error, OSError):
             raise
         raise as_storage_error(error, str(folder)) or error from None
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Take away what a process left that was killed while it wrote `folder`."""
+    shutil.rmtree(_beside(folder, ".tmp"), ignore_errors=True)
+
+
+def _beside(folder: Path, end: str) -> Path:
+    return folder.with_name(folder.name + end)

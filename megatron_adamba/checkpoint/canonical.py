@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,9 @@ def read_index(folder: Path) -> dict[str, str]:
     return places
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, one at a time, shard by shard."""
-    places = read_index(folder)
+def read_tensors(folder: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, or those wanted, one at a time, shard by shard."""
+    places = {name: place for name, place in read_index(folder).items() if wanted is None or name in wanted}
     for shard in sorted(set(places.values())):
         for name in sorted(name for name, place in places.items() if place == shard):
             yield name, read_tensor(folder / shard, name)
@@ -129,21 +129,24 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def load_into(
-    module: torch.nn.Module, folder: Path, share: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
+    module: torch.nn.Module,
+    folder: Path,
+    share: Callable[[str, Tensor], Tensor] = lambda _, whole: whole,
+    elsewhere: Set[str] = frozenset(),
 ) -> None:
     """Fill a model; names and shapes are checked against the index and each tensor before it is copied.
 
-    share: what the module holds of a whole tensor, by its name.
+    share: what the module holds of a whole tensor, by its name; elsewhere: names that other pipeline stages hold.
     Raises CheckpointError naming the first tensor that is missing, unknown or of another shape.
     """
     parameters = dict(module.named_parameters())
     held = set(read_index(folder))
     if missing := sorted(set(parameters) - held):
         raise CheckpointError(f"{folder}: has no tensor {missing[0]}; its config.json describes another model")
-    if unknown := sorted(held - set(parameters)):
+    if unknown := sorted(held - set(parameters) - elsewhere):
         raise CheckpointError(f"{folder}: tensor {unknown[0]} has no place in this model")
     with torch.no_grad():
-        for name, tensor in read_tensors(folder):
+        for name, tensor in read_tensors(folder, parameters):
             part = share(name, tensor)
             if part.shape != parameters[name].shape:
                 raise CheckpointError(

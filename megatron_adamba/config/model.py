@@ -79,7 +79,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """epsilon of every RMSNorm"""
     static_norm_size: int | None = None
-    """divisor of the mean square in the norms of static parts; null means hidden_size; kept when a model grows"""
+    """divisor of the mean square in the norms of static parts, the one behind the embedding too; null means
+    hidden_size; kept when a model grows"""
     logit_softcap: float = 0.0
     """c of c*tanh(logits/c); 0 turns it off"""
     tie_embeddings: bool = False

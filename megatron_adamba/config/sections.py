@@ -139,7 +139,13 @@ class ParallelConfig:
     tp: int = 1
     """tensor parallelism"""
     pp: int = 1
-    """pipeline parallelism"""
+    """pipeline parallelism: stages of blocks, one behind the other"""
+    pipeline_schedule: str = "1f1b"
+    """1f1b | dualpipev (two chunks of blocks to a rank, from both ends: shorter waits, more activations)"""
+    stage_split: str = "cost"
+    """cost (FLOPs of blocks and head) | layers (as many blocks everywhere); | in the block pattern overrides both"""
+    stage_bounds: list[int] | None = None
+    """where each chunk begins and the last one ends, in blocks; derived from the three above"""
     ep: int = 1
     """expert parallelism"""
     sp: bool = False
@@ -148,6 +154,8 @@ class ParallelConfig:
     def check(self) -> None:
         for name in ("tp", "pp", "ep"):
             positive(f"--parallel.{name}", getattr(self, name))
+        one_of("--parallel.pipeline_schedule", self.pipeline_schedule, ("1f1b", "dualpipev"))
+        one_of("--parallel.stage_split", self.stage_split, ("cost", "layers"))
 
 
 @dataclass

@@ -56,14 +56,17 @@ def register_expert_groups(topology: Topology) -> None:
 def mark_expert_parameters(module: nn.Module, specs: tuple[ParamSpec, ...], topology: Topology) -> None:
     """Attributes that DeepSpeed reads: gradients are summed, and ZeRO partitions, over the edp group."""
     parameters = dict(module.named_parameters())
-    name = expert_group_name(topology)
     for spec in specs:
         if spec.group == "expert":
-            parameter = parameters[spec.name]
-            parameter.allreduce = False
-            parameter.group_name = name
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = name
-            parameter.ds_zero_partition_process_group = topology.group("edp")
-            if topology.size("tp") > 1:
-                parameter.tensor_model_parallel = True
+            mark_expert(parameters[spec.name], topology)
+
+
+def mark_expert(parameter: nn.Parameter, topology: Topology) -> None:
+    name = expert_group_name(topology)
+    parameter.allreduce = False
+    parameter.group_name = name
+    parameter.ds_zero_placement_family = "autoep_expert"
+    parameter.ds_zero_partition_group_name = name
+    parameter.ds_zero_partition_process_group = topology.group("edp")
+    if topology.size("tp") > 1:
+        parameter.tensor_model_parallel = True

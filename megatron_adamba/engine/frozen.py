@@ -49,9 +49,11 @@ class FrozenMasters:
         if not self._bf16:
             return []
         marks = torch.tensor([name in frozen and not _exact(frozen[name]) for name in self._specs]).float()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            marks = marks.to(next(iter(frozen.values())).device) if frozen else marks
-            dist.all_reduce(marks, op=dist.ReduceOp.MAX)
+        # over the ranks of this pipeline stage, which hold shards of the same parameters
+        for kind in ("tp", "dp"):
+            if self._topology.size(kind) > 1:
+                marks = marks.to(next(iter(frozen.values())).device) if frozen else marks
+                dist.all_reduce(marks, op=dist.ReduceOp.MAX, group=self._topology.group(kind))
         return [name for name, mark in zip(self._specs, marks.tolist()) if mark and name in frozen]
 
     def settle(self, model: nn.Module) -> None:

@@ -21,16 +21,22 @@ NS_STEPS = 5
 
 
 def parameter_groups(
-    module: nn.Module, specs: Sequence[ParamSpec], config: OptimizerConfig, experts_apart: str | None = None
+    module: nn.Module,
+    specs: Sequence[ParamSpec],
+    config: OptimizerConfig,
+    experts_apart: str | None = None,
+    elsewhere: Sequence[ParamSpec] = (),
+    fillers: Sequence[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Groups of trainable parameters, each with its peak learning rate in `peak_lr`.
 
     Only matrices decay. Groups carry the specs of their parameters in the parameters' order, because ZeRO replaces
     the parameters by one flat partition. experts_apart: DeepSpeed's name for the ranks that experts are summed up
-    over; they then have groups of their own.
+    over; they then have groups of their own. elsewhere: what trains on other pipeline stages; a group that would hold
+    nothing else gets one of `fillers`, so that all stages have the same groups.
     """
     parameters = dict(module.named_parameters())
-    trained = [spec for spec in specs if parameters[spec.name].requires_grad]
+    trained = [spec for spec in specs if parameters[spec.name].requires_grad] + list(elsewhere)
     apart = [spec for spec in trained if experts_apart and spec.group == "expert"]
     trained = [spec for spec in trained if spec not in apart]
     muon = config.name == "muon"
@@ -47,16 +53,16 @@ def parameter_groups(
     )
     return [
         {
-            "params": [parameters[spec.name] for spec in members],
+            "params": [parameters[spec.name] for spec in members if spec not in elsewhere] or [fillers[number]],
             "name": name,
             "use_muon": name == "muon",
             "moe": name is not None and name == experts_apart,
-            "specs": members,
+            "specs": [spec for spec in members if spec not in elsewhere],
             "peak_lr": peak,
             "lr": peak,
             "weight_decay": decay,
         }
-        for name, members, peak, decay in plans
+        for number, (name, members, peak, decay) in enumerate(plans)
         if members
     ]
 
@@ -117,6 +123,9 @@ class ElasticOptimizer(torch.optim.AdamW):
             for p in params:
                 if p.grad is not None:
                     _apply(p, orthogonalize(self._momentum(p), self.ns_dtype), group)
+            return
+        if not specs:
+            # a pipeline stage without any of these matrices
             return
         (flat,) = params
         if flat.grad is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.config.ds_config import bf16_enabled, offload_enabled, zero_stage
 from megatron_adamba.config.sections import OptimizerConfig
+from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.engine.experts import (
     expert_group_name,
     experts_apart,
@@ -26,6 +28,8 @@ from megatron_adamba.engine.gradients import all_finite, gradient_tensors
 from megatron_adamba.engine.launch import RankInfo, import_deepspeed
 from megatron_adamba.engine.mpu import ModelParallelUnit, mark_sharded_parameters
 from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
+from megatron_adamba.layers.moe.statistics import RouterStatistics
+from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.ops.nested_linear import Accumulation
 from megatron_adamba.parallel.topology import Topology
 
@@ -39,6 +43,29 @@ class StepResult:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class MicroStep:
+    """One pass of one micro-batch."""
+
+    tokens: Tensor
+    """[batch, seq] int64, as labels"""
+    labels: Tensor
+    seq_idx: Tensor | None
+    """[batch, seq] int32 document numbers"""
+    plan: ElasticPlan
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A whole step."""
+
+    result: StepResult
+    losses: Tensor
+    """[micro steps] of this rank's replica, routers' losses included, on every rank of it alike"""
+    loads: dict[int, Tensor]
+    """by block: choices that each expert got in this replica, [experts]"""
+
+
 class TrainingSession:
     """Runs a model under DeepSpeed. The model must have its final `requires_grad` flags.
 
@@ -47,7 +74,7 @@ class TrainingSession:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: AdambaModel,
         specs: tuple[ParamSpec, ...],
         optimizer: OptimizerConfig,
         ds_config: dict[str, Any],
@@ -59,30 +86,50 @@ class TrainingSession:
         self.bf16 = bf16_enabled(ds_config)
         ns_dtype = torch.bfloat16 if self.bf16 else torch.float32
         apart = expert_group_name(topology) if experts_apart(topology) else None
-        groups = parameter_groups(model, specs, optimizer, apart)
+        groups = self._parameter_groups(model, optimizer, apart)
         # ZeRO replaces the groups' parameters by flat partitions, so who belongs where is kept here
         self._group_of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
         self.optimizer = ElasticOptimizer(groups, optimizer, ns_dtype, topology)
         if topology.size("tp") > 1:
             mark_sharded_parameters(model, specs)
-        if apart is not None and any(spec.group == "expert" for spec in specs):
+        if apart is not None and model.config.num_experts:
             register_expert_groups(topology)
             mark_expert_parameters(model, specs, topology)
         self.frozen = FrozenMasters(model, specs, topology, self.bf16)
-        self.engine = _initialize(model, self.optimizer, ds_config, ModelParallelUnit(topology))
+        self.engine = self._build_engine(model, ds_config)
         self.frozen.settle(self.module)
         self.micro_steps = ds_config["gradient_accumulation_steps"]
         self._done = 0
         self._losses_finite = True
 
+    def _parameter_groups(self, model: AdambaModel, optimizer: OptimizerConfig, apart: str | None) -> list[dict]:
+        return parameter_groups(model, self.specs, optimizer, apart)
+
+    def _build_engine(self, model: AdambaModel, ds_config: dict[str, Any]):
+        return _initialize(model, self.optimizer, ds_config, ModelParallelUnit(self.topology))
+
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> AdambaModel:
         return self.engine.module
 
     @property
     def defers(self) -> bool:
         """Whether gradients of nested weights are summed in place and handed over once a step."""
         return self.stage <= 1 and not self.offload
+
+    def train_step(self, micro_steps: Iterable[MicroStep]) -> StepReport:
+        """All micro-batches of a step, as many as the engine accumulates, and the optimizer's step."""
+        losses, loads = [], {}
+        for one in micro_steps:
+            statistics = RouterStatistics()
+            losses.append(self.micro_step(**vars(one), statistics=statistics))
+            for block, load in statistics.loads.items():
+                loads[block] = loads.get(block, 0) + load
+        return StepReport(self.step(), torch.stack(losses).float(), loads)
+
+    def position_losses(self, tokens: Tensor, labels: Tensor, seq_idx: Tensor | None, plan: ElasticPlan) -> Tensor:
+        """Each position's loss, [batch, seq], without gradient, on every rank of the replica."""
+        return self.engine(tokens=tokens, labels=labels, seq_idx=seq_idx, plan=plan, reduction="none")
 
     def micro_step(self, **inputs: Any) -> Tensor:
         """Forward and backward of one micro-batch; returns its loss, detached. `inputs` are the model's."""
@@ -106,11 +153,7 @@ class TrainingSession:
         them is not finite."""
         assert self._done == self.micro_steps, "step comes after the last micro-batch"
         grads = gradient_tensors(self.engine)
-        finite = all_finite(grads, self.rank_info.device) & self._losses_finite
-        flag = finite.to(torch.float32).reshape(1)
-        if self.rank_info.world_size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        skipped = flag.item() == 0
+        skipped = self._not_finite(grads)
         norm = self._plain_norm(grads) if self.stage == 0 else None
         self.optimizer.skip_step = skipped
         self.engine.step()
@@ -119,6 +162,14 @@ class TrainingSession:
         if norm is None:
             norm = self.engine.get_global_grad_norm()
         return StepResult(float("nan") if skipped else float(norm), skipped)
+
+    def _not_finite(self, grads: list[Tensor]) -> bool:
+        """Whether a loss or gradient of this step is not finite on any rank of the job."""
+        finite = all_finite(grads, self.rank_info.device) & self._losses_finite
+        flag = finite.to(torch.float32).reshape(1)
+        if self.rank_info.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return flag.item() == 0
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The optimizer group of a trainable parameter."""

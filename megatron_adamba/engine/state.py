@@ -72,6 +72,8 @@ def restore(session: TrainingSession, folder: Path, optimizer_steps: int) -> dic
     fragments = training_fragments(session)
     wanted = {name: part for name, part in fragments.items() if name in held or name.startswith(WEIGHT_PREFIX)}
     dropped = load_fragments(folder, wanted)
+    if session.topology.size("pp") > 1:
+        dropped = _asked_by_nobody(dropped, session.topology.group("pp"))
     session.frozen.refresh(session.module)
     for state in session.optimizer.state.values():
         if "step" in state:
@@ -79,6 +81,13 @@ def restore(session: TrainingSession, folder: Path, optimizer_steps: int) -> dic
     _refresh_low_precision(session)
     kept = sorted(name for name in wanted if not name.startswith(WEIGHT_PREFIX))
     return {"kept": kept, "reset": sorted(set(fragments) - set(wanted)), "dropped": dropped}
+
+
+def _asked_by_nobody(names: list[str], group: dist.ProcessGroup | None) -> list[str]:
+    """Of names that each pipeline stage left in a checkpoint, those that all of them left."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, names, group=group)
+    return sorted(set.intersection(*map(set, everyone)))
 
 
 def _state_keys(session: TrainingSession, parameter: nn.Parameter) -> tuple[str, ...]:
@@ -140,7 +149,7 @@ def own_fragments(session: TrainingSession) -> dict[str, Fragment]:
         name = key.partition("/")[2]
         parameter = parameters[name]
         partitioned = hasattr(parameter, "ds_tensor") or (parameter.requires_grad and session.stage > 0)
-        if not saves(specs[name], partitioned, session.topology):
+        if not saves(specs[name], partitioned, session.topology) or getattr(parameter, "ds_pipe_replicated", False):
             empty = torch.empty(0, dtype=part.dtype, device=part.device)
             fragments[key] = Fragment(empty, 0, Placement(tuple(part.shape), tuple(part.shape)))
     return fragments

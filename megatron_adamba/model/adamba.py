@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.resolve import attention_windows
+from megatron_adamba.blueprint.stages import Chunk, specs_held, whole_model
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan
 from megatron_adamba.layers.block import build_block, static_norm
@@ -35,7 +37,7 @@ class AdambaModel(nn.Module):
 
     Parameters are uninitialised until `initialize` or a checkpoint fills them. tp: the ranks that share each layer, ep:
     the ranks that share out experts; parameters are then this rank's shards. moe_layer: what to build mixtures of
-    experts from.
+    experts from. chunks: what of the model is here, None for all of it; the rest has no parameters and does not run.
     """
 
     def __init__(
@@ -46,30 +48,45 @@ class AdambaModel(nn.Module):
         tp: TensorParallel = ALONE,
         ep: ExpertParallel = ALL_EXPERTS,
         moe_layer: type[MoE] = MoE,
+        chunks: Sequence[Chunk] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.tp, self.ep = config, tp, ep
+        self.chunks = (whole_model(config.num_layers),) if chunks is None else tuple(chunks)
         self.activation_checkpointing = activation_checkpointing
         self.rows = block_rows(config)
         self.windows = attention_windows(config)
         embedding_norm = (config.static_norm_size, config.norm_eps) if config.embedding_norm else None
         ends = (config.vocab_size, config.hidden_size)
-        if config.tie_embeddings:
+        self.embedding = self.final_norm = self.head = None
+        if config.tie_embeddings and self._holds("embedding.weight"):
             self.embedding = TiedEmbedding(*ends, embedding_norm, config.logit_softcap, tp, device)
-        else:
+        elif self._holds("embedding.weight"):
             self.embedding = TokenEmbedding(*ends, embedding_norm, tp, device)
+        here = {index for chunk in self.chunks for index in chunk.blocks}
         self.blocks = nn.ModuleList(
             build_block(config, index, self.windows[index], tp, ep, moe_layer, device)
+            if index in here
+            else nn.Identity()
             for index in range(config.num_layers)
         )
-        self.final_norm = static_norm(config, tp, device)
-        self.head = None if config.tie_embeddings else Head(*ends, config.logit_softcap, tp, device)
+        if self._holds("head.weight"):
+            self.final_norm = static_norm(config, tp, device)
+            self.head = None if config.tie_embeddings else Head(*ends, config.logit_softcap, tp, device)
+
+    def _holds(self, name: str) -> bool:
+        return any(chunk.holds(name, self.config.tie_embeddings) for chunk in self.chunks)
+
+    @property
+    def specs(self) -> tuple[ParamSpec, ...]:
+        """The manifest's part that is here."""
+        return specs_held(manifest(self.config), self.chunks, self.config.tie_embeddings)
 
     def initialize(self, seed: int) -> AdambaModel:
         """Fill every parameter from (seed, its canonical name), whatever the layout. Returns self."""
         parameters = dict(self.named_parameters())
         with torch.no_grad():
-            for spec in manifest(self.config):
+            for spec in self.specs:
                 parameters[spec.name].copy_(self.share(spec, initial_tensor(spec, seed)))
         return self
 
@@ -102,11 +119,31 @@ class AdambaModel(nn.Module):
         gradient.
         """
         plan = plan or full_plan(self.config)
-        length = tokens.shape[1]
         statistics = RouterStatistics() if statistics is None else statistics
-        x = self.hidden_states(tokens, seq_idx, plan, accumulation, all_take_part, statistics)
-        out = self._head(x, self.tp.pad_sequence(labels, IGNORED), reduction)
-        return out[:, :length] if out.dim() > 1 else out + statistics.total()
+        context = self.training_context(tokens, seq_idx, accumulation, statistics)
+        out = self.run_chunk(self.chunks[0], None, tokens, labels, context, plan, all_take_part, reduction)
+        return out if out.dim() > 1 else out + statistics.total()
+
+    def run_chunk(
+        self,
+        chunk: Chunk,
+        x: Tensor | None,
+        tokens: Tensor,
+        labels: Tensor | None,
+        context: ForwardContext,
+        plan: ElasticPlan,
+        all_take_part: bool,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """A part of `forward`: the residual stream in (nothing where the embedding is) and out, behind the head what
+        `forward` returns without the routers' losses. context: of `training_context` for these tokens."""
+        if chunk.embedding:
+            x = self.embedding(self.tp.pad_sequence(tokens, 0))
+        x = self._run_blocks(x, chunk.blocks, plan, context, all_take_part)
+        if not chunk.head:
+            return x
+        out = self._head(self.final_norm(x), self.tp.pad_sequence(labels, IGNORED), reduction)
+        return out[:, : tokens.shape[1]] if out.dim() > 1 else out
 
     def _head(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
         if self.head is None:
@@ -127,14 +164,16 @@ class AdambaModel(nn.Module):
         Under sequence parallelism the sequence is lengthened to what the ranks can share; causality keeps what is
         added out of what was there.
         """
-        length = tokens.shape[1]
-        tokens = self.tp.pad_sequence(tokens, 0)
-        seq_idx = self.tp.pad_sequence(seq_idx, 2**31 - 1)
-        context = self.make_context(tokens.shape[1], 0, tokens.device, seq_idx, accumulation, length, statistics)
-        x = self.embedding(tokens)
+        context = self.training_context(tokens, seq_idx, accumulation, statistics)
+        x = self.embedding(self.tp.pad_sequence(tokens, 0))
+        return self.final_norm(self._run_blocks(x, range(len(self.blocks)), plan, context, all_take_part))
+
+    def _run_blocks(
+        self, x: Tensor, blocks: range, plan: ElasticPlan, context: ForwardContext, all_take_part: bool
+    ) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for index, block in enumerate(self.blocks):
-            row = self.rows[index][plan.widths[index]]
+        for index in blocks:
+            block, row = self.blocks[index], self.rows[index][plan.widths[index]]
             if index >= plan.exit_layer:
                 if all_take_part:
                     x = x + block(x[:0], row, self._empty(context)).sum()
@@ -142,7 +181,20 @@ class AdambaModel(nn.Module):
                 x = checkpoint(block, x, row, context, use_reentrant=False)
             else:
                 x = block(x, row, context)
-        return self.final_norm(x)
+        return x
+
+    def training_context(
+        self,
+        tokens: Tensor,
+        seq_idx: Tensor | None,
+        accumulation: Accumulation = Accumulation.DIRECT,
+        statistics: RouterStatistics | None = None,
+    ) -> ForwardContext:
+        """What the layers share in a pass over whole sequences."""
+        length = tokens.shape[1]
+        padded = length + (-length % self.tp.size if self.tp.sequence_parallel else 0)
+        seq_idx = self.tp.pad_sequence(seq_idx, 2**31 - 1)
+        return self.make_context(padded, 0, tokens.device, seq_idx, accumulation, length, statistics)
 
     def forward_cached(self, tokens: Tensor, plan: ElasticPlan, caches: list) -> Tensor:
         """Continue from caches (one per block, as `inference` makes them): logits of the last position.

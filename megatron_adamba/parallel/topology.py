@@ -10,6 +10,8 @@ from megatron_adamba.errors import ConfigError
 
 KINDS = ("dp", "tp", "pp", "ep", "edp", "model")
 """kinds of groups; `model` is tp x pp: the ranks that hold one replica together"""
+ENDS = "ends"
+"""the group of a pipeline's first and last stage, in which stages between them have no part"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class RankGrid:
 
     def groups(self, kind: str) -> list[list[int]]:
         """All groups of a kind, each in the order of its own ranks."""
+        if kind == ENDS:
+            return [sorted({group[0], group[-1]}) for group in self.groups("pp")]
         fixed = {
             "tp": ("dp", "pp"),
             "dp": ("tp", "pp"),
@@ -97,7 +101,7 @@ class Topology:
 
 def single_process() -> Topology:
     """One rank that needs nobody."""
-    return Topology(RankGrid(1), 0, dict.fromkeys(KINDS))
+    return Topology(RankGrid(1), 0, dict.fromkeys((*KINDS, ENDS)))
 
 
 def build_topology(grid: RankGrid, sequence_parallel: bool = False) -> Topology:
@@ -108,8 +112,8 @@ def build_topology(grid: RankGrid, sequence_parallel: bool = False) -> Topology:
     rank = dist.get_rank()
     assert grid.world_size == dist.get_world_size()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(grid.world_size)): dist.group.WORLD}
-    own: dict[str, dist.ProcessGroup | None] = {}
-    for kind in KINDS:
+    own: dict[str, dist.ProcessGroup | None] = dict.fromkeys((*KINDS, ENDS))
+    for kind in (*KINDS, ENDS):
         for ranks in grid.groups(kind):
             key = tuple(ranks)
             if key not in made:

@@ -13,16 +13,16 @@ from megatron_adamba.checkpoint.aside import written_aside
 from megatron_adamba.checkpoint.history import HISTORY_FILE
 from megatron_adamba.files import write_atomically
 from megatron_adamba.surgery.torch_file_writer import write_torch_file
-from megatron_adamba.surgery.writing import Job, Report, check_target
+from megatron_adamba.surgery.writing import Job, Report, prepare_target
 
 
 def write_nanochat(job: Job, folder: Path, report: Report) -> None:
     """Write aside and rename: after a failure `folder` is not there. Memory: a tensor or two.
 
     job: of `export_nanochat`, its config being the metadata. Raises ConfigError where the folder exists, StorageError
-    where the disk is full or refuses.
+    where the disk is too small or refuses.
     """
-    check_target(folder)
+    prepare_target(folder, job.num_bytes)
     digits = f"{job.config['step']:06d}"
     with written_aside(folder) as aside:
         write_torch_file(aside / f"model_{digits}.pt", job.infos, _made(job, report))

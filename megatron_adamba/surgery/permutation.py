@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megatron_adamba.config.model import ModelConfig
+
 _BY_LEAF = {
     "q_weight": ("query", "hidden"),
     "k_weight": ("key", "hidden"),
@@ -89,3 +91,21 @@ class Order:
         if order is None:
             return tensor
         return torch.stack([part.index_select(axis - 1, own) for part, own in zip(tensor, order)])
+
+
+def random_order(config: ModelConfig, seed: int) -> Order:
+    """Of everything that `Order` can move in a resolved config's model, at once."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = lambda size: torch.randperm(size, generator=generator)
+    size = config.num_heads // config.num_kv_groups
+    order = Order(config.head_dim, hidden=shuffled(config.hidden_size))
+    for block, letter in enumerate(config.block_pattern):
+        if letter in "TE":
+            groups = [shuffled(size) + group * size for group in shuffled(config.num_kv_groups)]
+            order.heads[block] = torch.stack(groups)
+        if letter == "E":
+            order.experts[block] = shuffled(config.num_experts)
+            order.ffn[block] = torch.stack([shuffled(config.expert_ffn_size) for _ in range(config.num_experts)])
+        elif letter == "T" or config.mamba_use_mlp:
+            order.ffn[block] = shuffled(config.ffn_size)
+    return order

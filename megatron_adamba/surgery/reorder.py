@@ -24,7 +24,7 @@ from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.parallel.topology import single_process
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.importance import Importance, measure
-from megatron_adamba.surgery.permutation import Order
+from megatron_adamba.surgery.permutation import Order, random_order
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 KINDS = ("hidden", "ffn", "heads", "experts")
@@ -58,12 +58,22 @@ def reorder(
     model = AdambaModel(old.config, device="meta").to_empty(device="cpu").requires_grad_(False).eval()
     load_into(model, source)
     order, trials = chosen_order(old, model, batches, kinds)
-    plan = tuple(_planned(old, spec, order) for spec in manifest(old.config))
     kept = [trial.kind for trial in trials if trial.kept]
     arguments = {**calibration, "kept": kept, "losses": {t.kind: [t.before, t.after] for t in trials}}
+    return _job(old, source, order, arguments, f"kept: {', '.join(kept) or 'no ordering'}"), trials
+
+
+def shuffle(source: Path, seed: int) -> Job:
+    """Plan the same model in a random order: what an order by importance has to beat. Raises CheckpointError."""
+    old = open_canonical(source)
+    return _job(old, source, random_order(old.config, seed), {"random": seed}, "in a random order")
+
+
+def _job(old: CanonicalSource, source: Path, order: Order, arguments: dict[str, Any], result: str) -> Job:
+    plan = tuple(_planned(old, spec, order) for spec in manifest(old.config))
     history = extended_history(source, "reorder", arguments, "canonical")
-    promise = f"the logits are the source's at full width; kept: {', '.join(kept) or 'no ordering'}"
-    return Job(plan, old.opened.config, history, promise, old.tokenizer_files()), trials
+    promise = f"the logits are the source's at full width; {result}"
+    return Job(plan, old.opened.config, history, promise, old.tokenizer_files())
 
 
 def chosen_order(

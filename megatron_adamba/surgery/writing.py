@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_adamba.checkpoint.aside import clear_leftovers
 from megatron_adamba.checkpoint.canonical import write_canonical
 from megatron_adamba.checkpoint.shards import TensorInfo, plan_shards
 from megatron_adamba.errors import ConfigError, StorageError
@@ -73,8 +74,7 @@ def write_job(job: Job, folder: Path, max_shard_bytes: int, report: Report) -> N
 
     Raises ConfigError where the folder exists, StorageError where the disk is too small or refuses.
     """
-    check_target(folder)
-    _check_space(folder, job.num_bytes)
+    prepare_target(folder, job.num_bytes)
     write_canonical(folder, job.config, _made(job, report), job.files, max_shard_bytes, job.infos, job.history)
 
 
@@ -86,7 +86,11 @@ def _made(job: Job, report: Report) -> Iterator[tuple[str, Tensor]]:
         report(tensor.name, tensor.info.num_bytes, time.perf_counter() - start)
 
 
-def _check_space(folder: Path, num_bytes: int) -> None:
+def prepare_target(folder: Path, num_bytes: int) -> None:
+    """Room for so many bytes, without what a killed run left. Raises ConfigError where the folder exists, StorageError
+    where the disk is too small."""
+    check_target(folder)
+    clear_leftovers(folder)
     there = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes:

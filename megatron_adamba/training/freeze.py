@@ -31,5 +31,7 @@ def freeze_groups(
     if len(frozen) == len(specs):
         raise ConfigError(f"--train.freeze {','.join(groups)}: leaves nothing to train; take one group out")
     for spec in frozen:
-        parameters[spec.name].requires_grad_(False)
+        # a pipeline stage holds some of them
+        if spec.name in parameters:
+            parameters[spec.name].requires_grad_(False)
     return sum(spec.numel for spec in frozen)

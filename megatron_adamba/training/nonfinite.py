@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def first_bad_tensor(module: nn.Module, run_batch: Callable[[], None]) -> str:
+def first_bad_tensor(module: nn.Module, names: Sequence[str], run_batch: Callable[[], None]) -> str:
     """A weight by its canonical name, else the first module whose output is not finite on the batch at hand.
 
-    Every rank calls it and gets the same answer, whichever of them saw the trouble. run_batch: calls the model once.
+    Every rank calls it and gets the same answer, whichever of them saw the trouble. names: of all weights, in the
+    model's order; run_batch: runs the model once.
     """
-    names = [name for name, _ in module.named_parameters()]
-    tensors = (getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters())
-    bad = next((index for index, tensor in enumerate(tensors) if not bool(tensor.isfinite().all())), None)
-    found = [index for index in _gather(bad) if index is not None]
+    tensors = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in module.named_parameters()}
+    bad = next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    found = [name for name in _gather(bad) if name is not None]
     if found:
-        return f"weight {names[min(found)]}"
+        return f"weight {min(found, key=names.index)}"
     outputs = [name for name in _gather(_first_bad_output(module, run_batch)) if name is not None]
     return f"output of {outputs[0]}" if outputs else "a gradient (weights and outputs are finite)"
 

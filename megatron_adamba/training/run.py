@@ -8,8 +8,10 @@ from typing import Any
 
 from megatron_adamba.blueprint.compat import RunSetup, check_combination
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.pattern import parse_cuts
 from megatron_adamba.blueprint.phases import frozen_specs
 from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.blueprint.stages import StagePlan, plan_stages
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.ds_config import (
@@ -32,7 +34,7 @@ from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.parallel.expert import expert_parallel
 from megatron_adamba.parallel.tensor import tensor_parallel
-from megatron_adamba.parallel.topology import RankGrid, build_topology
+from megatron_adamba.parallel.topology import RankGrid, Topology, build_topology
 from megatron_adamba.training.freeze import freeze_groups
 from megatron_adamba.training.start import check_start, find_resume, load_start
 
@@ -49,6 +51,8 @@ class RunPlan:
     grid: RankGrid
     zero_stage: int
     bf16: bool
+    stages: StagePlan
+    """of one chunk where there is no pipeline"""
 
 
 @dataclass
@@ -76,6 +80,8 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
         raise ConfigError("--data.tokenizer: not given; try --data.tokenizer bytes")
     if not config.data.train:
         raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
+    if (cuts := parse_cuts(config.model.block_pattern)) is not None and config.parallel.pp > 1:
+        config = replace(config, parallel=replace(config.parallel, stage_bounds=list(cuts)))
     raw = read_ds_config(parsed.deepspeed_config)
     stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
@@ -92,8 +98,10 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
     # once more, as some rules look at the vocabulary
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
+    stages = plan_stages(config.model, config.parallel, config.train.seq_len)
+    config = replace(config, parallel=replace(config.parallel, stage_bounds=list(stages.bounds)))
     ds_config = complete_ds_config(raw, config, grid.dp, parsed.deepspeed_config or "the built-in ds_config")
-    return RunPlan(config, ds_config, manifest(config.model), tokenizer, grid, stage, bf16)
+    return RunPlan(config, ds_config, manifest(config.model), tokenizer, grid, stage, bf16, stages)
 
 
 def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
@@ -108,18 +116,31 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
         tp=tensor_parallel(topology),
         ep=expert_parallel(topology),
         moe_layer=moe_layer_for(topology, _experts_train(plan)),
+        chunks=plan.stages.chunks_of(topology.place("pp")),
     )
     history = []
     if config.checkpoint.init_from is not None and find_resume(config) is None:
-        history = load_start(model, plan.specs, config.checkpoint.init_from)
+        history = load_start(model, config.checkpoint.init_from)
     else:
         model.initialize(config.train.seed)
     frozen = freeze_groups(model, plan.specs, config.train.freeze, config.train.phase)
-    session = TrainingSession(model, plan.specs, config.optimizer, plan.ds_config, rank_info, topology)
+    session = _build_session(plan, model, rank_info, topology)
     if config.train.phase == 3:
         slow_old_weights(session, config.model, config.optimizer.old_lr_scale)
     sampler = PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
     return Run(plan, session, dataset, sampler, validation, frozen, history)
+
+
+def _build_session(plan: RunPlan, model: AdambaModel, rank_info: RankInfo, topology: Topology) -> TrainingSession:
+    arguments = (model, model.specs, plan.config.optimizer, plan.ds_config, rank_info, topology)
+    if plan.grid.pp == 1:
+        return TrainingSession(*arguments)
+    # DeepSpeed, which this module imports, must be set up first
+    from megatron_adamba.engine.pipeline import PipelineSession
+
+    frozen = frozen_specs(plan.specs, plan.config.train.freeze, plan.config.train.phase)
+    elsewhere = [spec for spec in plan.specs if spec not in frozen and spec not in model.specs]
+    return PipelineSession(*arguments, stages=plan.stages, elsewhere=elsewhere)
 
 
 def _experts_train(plan: RunPlan) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_adamba.blueprint.manifest import ParamSpec
+from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import read_history
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
@@ -58,18 +57,18 @@ def check_start(folder: str, tokenizer: Tokenizer) -> None:
         raise TokenizerError(f"{FLAG} {folder}: was trained with another tokenizer; leave --data.tokenizer out")
 
 
-def load_start(model: AdambaModel, specs: Sequence[ParamSpec], folder: str) -> list[dict[str, Any]]:
+def load_start(model: AdambaModel, folder: str) -> list[dict[str, Any]]:
     """Fill every parameter with this rank's share of the checkpoint's tensors; all ranks fail where one does.
 
-    specs: the model's manifest. Returns the checkpoint's history.
+    Returns the checkpoint's history.
 
     Raises CheckpointError where files are damaged, ConfigError where the checkpoint holds another model.
     """
-    return together(lambda: _load(model, {spec.name: spec for spec in specs}, Path(folder)))
+    return together(lambda: _load(model, Path(folder)))
 
 
-def _load(model: AdambaModel, specs: dict[str, ParamSpec], folder: Path) -> list[dict[str, Any]]:
-    held = open_checkpoint(folder).weights
+def _load(model: AdambaModel, folder: Path) -> list[dict[str, Any]]:
+    held, specs = open_checkpoint(folder).weights, {spec.name: spec for spec in manifest(model.config)}
     for name in sorted(specs.keys() | held.keys()):
         theirs = held[name].shape if name in held else "none"
         ours = specs[name].shape if name in specs else "none"
@@ -78,5 +77,6 @@ def _load(model: AdambaModel, specs: dict[str, ParamSpec], folder: Path) -> list
                 f"{FLAG} {folder}: its {name} has shape {theirs}, that of the model asked for {ours}; leave the "
                 f"--model settings out that differ from {folder / 'config.json'}"
             )
-    load_into(model, folder, lambda name, whole: model.share(specs[name], whole))
+    here = {spec.name for spec in model.specs}
+    load_into(model, folder, lambda name, whole: model.share(specs[name], whole), elsewhere=specs.keys() - here)
     return read_history(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
+from megatron_adamba.engine.session import MicroStep
 from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
 from megatron_adamba.files import as_storage_error
-from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.training.checkpointing import resume, start_saving, write_final_model
 from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor
@@ -50,7 +51,7 @@ class Trainer:
         self.counters = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0}
         self.log = logging.getLogger("megatron_adamba")
         self.ranks_per_replica = topology.size("model")
-        self.flops = 0.0
+        self.flops, self.labels = 0.0, {}
         self.peak = 1.0
         self.started, self.first_step = 0.0, 0
         self.last_batch: MicroBatch = {}
@@ -120,14 +121,16 @@ class Trainer:
         step, train = self.counters["step"], self.config.train
         factor = learning_rate_factor(self.config.optimizer, step, train.steps)
         self.session.set_learning_rates(factor)
-        losses, label = self._micro_batches(batches, step)
-        result = self.session.step()
-        mean = self.session.mean_over_ranks(losses)
+        self.flops, self.labels = 0.0, {}
+        report = self.session.train_step(self._micro_steps(batches, step))
+        self.loads = report.loads
+        passes = report.losses.view(self.accumulation, self.run.sampler.passes)
+        mean = self.session.mean_over_ranks(passes.mean(0))
         self.counters["step"] += 1
         self.counters["consumed_samples"] += train.global_batch_size
-        self._count(result.skipped)
+        self._count(report.result.skipped)
         seconds = time.perf_counter() - start
-        record = self._record(mean, label, factor, result, seconds)
+        record = self._record(mean, "+".join(self.labels), factor, report.result, seconds)
         logged = self.counters["step"] % self.config.logging.interval == 0 or self.counters["step"] == train.steps
         if logged and self.loads:
             record["expert_load"] = self._expert_load()
@@ -137,26 +140,16 @@ class Trainer:
                 self._write(writer, record)
                 self.log.info("step %d loss %.6f grad_norm %s", record["step"], record["loss"], record["grad_norm"])
 
-    def _micro_batches(self, batches: MicroBatchLoader, step: int) -> tuple[Tensor, str]:
-        """Mean loss over this rank's micro-batches per pass, [passes], and a name for the widths that ran."""
-        passes = self.run.sampler.passes
-        losses: list[Tensor] = [torch.zeros((), device=self.device)] * passes
-        self.loads = {}
-        labels: dict[str, None] = {}
-        self.flops = 0.0
+    def _micro_steps(self, batches: MicroBatchLoader, step: int) -> Iterator[MicroStep]:
+        """Every pass of this replica's micro-batches."""
         for index in range(self.accumulation):
             batch = self.last_batch = next(batches)
             number = index * self.dp + self.dp_rank
-            for k in range(passes):
+            for k in range(self.run.sampler.passes):
                 plan = self.run.sampler.micro_batch_plan(step, number, self.num_micro_batches, k)
-                statistics = RouterStatistics()
-                loss = self.session.micro_step(**self._inputs(batch), plan=plan, statistics=statistics)
-                for block, load in statistics.loads.items():
-                    self.loads[block] = self.loads.get(block, 0) + load
-                losses[k] = losses[k] + loss.float()
-                labels[plan.label] = None
+                self.labels[plan.label] = None
                 self._count_flops(plan)
-        return torch.stack(losses) / self.accumulation, "+".join(labels)
+                yield MicroStep(**self._inputs(batch), plan=plan)
 
     def _expert_load(self) -> dict[str, list[float]]:
         """By block: each expert's share of the choices in this step, times the number of experts; 1 is balanced."""
@@ -251,9 +244,10 @@ class Trainer:
 
         def run_batch() -> None:
             with torch.no_grad():
-                self.session.engine(**self._inputs(self.last_batch), plan=plan)
+                self.session.position_losses(**self._inputs(self.last_batch), plan=plan)
 
-        name = first_bad_tensor(self.session.module, run_batch)
+        names = [spec.name for spec in self.run.plan.specs]
+        name = first_bad_tensor(self.session.module, names, run_batch)
         raise NonFiniteError(
             f"loss or gradient not finite in {self.counters['skipped_in_a_row']} steps in a row, up to step "
             f"{self.counters['step']}; first bad tensor: {name}; try a lower --optimizer.lr, or --resume auto"
@@ -268,11 +262,8 @@ class Trainer:
         sampler = self.run.sampler
         if sampler.exit_fraction:
             plans += exit_plans(model, sampler.min_exit_layer, MOST_EXITS)
-
-        def forward(tokens: Tensor, labels: Tensor, seq_idx: Tensor | None, plan: ElasticPlan) -> Tensor:
-            return self.session.engine(tokens=tokens, labels=labels, seq_idx=seq_idx, plan=plan, reduction="none")
-
         self.session.engine.eval()
+        forward = self.session.position_losses
         rows = evaluate_plans(forward, model, self.run.validation, plans, self.device, self.run.session.topology)
         self.session.engine.train()
         if writer is not None:

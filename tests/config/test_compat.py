@@ -38,7 +38,8 @@ class Case:
     then_setup: dict[str, Any] = field(default_factory=dict)
 
 
-MUON, DEGREES = ["--optimizer.name", "muon"], "pipeline parallelism"
+MUON, PP2 = ["--optimizer.name", "muon"], ["--parallel.pp", "2"]
+FOLDED, SANDWICH = ["--parallel.pipeline_schedule", "dualpipev"], ["--elastic.width_sampling", "sandwich"]
 EXPERTS = ["--model.block_pattern", "EE", "--model.num_experts", "6"]
 EP_DEGREE = "an expert-parallel degree that does not fit"
 MODEL_DEGREES = "a tensor-parallel degree that the model does not have"
@@ -70,7 +71,35 @@ CASES = [
         "sequence parallelism without tensor parallelism", ["--parallel.sp", "true", *TWO_LAYERS],
         "give --parallel.tp 2", TP2,
     ),
-    Case(DEGREES, ["--parallel.pp", "4"], "--parallel.pp 1", ["--parallel.pp", "1"]),
+    Case(
+        "a pipeline that the ranks do not have", ["--parallel.pp", "4", "--model.num_layers", "8"],
+        "--parallel.pp 4 x --parallel.tp 1: must divide the 2 ranks that the launcher starts; with this tp, pp may be "
+        "one of [1, 2]", [*PP2, "--train.global_batch_size", "8"],
+    ),
+    Case(
+        "a pipeline with more chunks than blocks", [*PP2, "--model.num_layers", "1"],
+        "1f1b runs 2 chunks, and the pattern has 1 blocks; use --parallel.pp 1", ["--parallel.pp", "1"],
+    ),
+    Case(
+        "a pipeline with more chunks than blocks", [*PP2, *FOLDED, *TWO_LAYERS],
+        "dualpipev runs 4 chunks, and the pattern has 2 blocks; use --parallel.pipeline_schedule 1f1b",
+        ["--parallel.pipeline_schedule", "1f1b"],
+    ),
+    Case(
+        "a pipeline with other ZeRO stages than 1", [*PP2, *TWO_LAYERS], "use --deepspeed_config ds_configs/zero1.json",
+        [], {"zero_stage": 2}, {"zero_stage": 1},
+    ),
+    Case(
+        "a pipeline with too few micro-batches", [*PP2, *TWO_LAYERS, "--train.global_batch_size", "4"],
+        "1f1b needs 2 passes of micro-batches in a step, and there are 1; use --train.global_batch_size 8",
+        ["--train.global_batch_size", "8"],
+    ),
+    Case(
+        "a pipeline with too few micro-batches",
+        [*PP2, *FOLDED, "--model.num_layers", "4", *SANDWICH, "--train.global_batch_size", "4"],
+        "dualpipev needs 4 passes of micro-batches in a step, and there are 2; use --train.global_batch_size 8",
+        ["--train.global_batch_size", "8"],
+    ),
     Case(EP_DEGREE, ["--parallel.ep", "2", *TWO_LAYERS], "the 0 experts and", ["--parallel.ep", "1"]),
     Case(
         EP_DEGREE, ["--parallel.ep", "4", "--train.global_batch_size", "16", *EXPERTS],

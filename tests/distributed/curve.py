@@ -14,6 +14,7 @@ from megatron_adamba.blueprint.compat import RunSetup
 from megatron_adamba.blueprint.growth import before_expansion, growth_of, sizes_of
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.blueprint.resolve import resolve_model
+from megatron_adamba.blueprint.stages import StagePlan, equal_bounds, num_chunks
 from megatron_adamba.blueprint.support import FEATURES, cell
 from megatron_adamba.config.ds_config import complete_ds_config
 from megatron_adamba.config.model import ModelConfig
@@ -22,7 +23,7 @@ from megatron_adamba.config.sections import ElasticConfig, OptimizerConfig, Trai
 from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.old_weights import old_places, slow_old_weights
-from megatron_adamba.engine.session import TrainingSession
+from megatron_adamba.engine.session import MicroStep, TrainingSession
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.parallel.expert import expert_parallel
 from megatron_adamba.parallel.layout import cut
@@ -187,9 +188,9 @@ def ds_settings(stage: int, offload: bool, bf16: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def topology_of(tp: int, sp: bool, ep: int = 1) -> Topology:
+def topology_of(tp: int, sp: bool, ep: int = 1, pp: int = 1) -> Topology:
     """Of all ranks of this group; kept, as process groups live long."""
-    return build_topology(RankGrid(dist.get_world_size(), tp, ep=ep), sp)
+    return build_topology(RankGrid(dist.get_world_size(), tp, pp, ep), sp)
 
 
 def build_session(
@@ -203,20 +204,39 @@ def build_session(
     sp=False,
     ep: int = 1,
     skew: float = 0.0,
+    pp: int = 1,
+    schedule: str = "1f1b",
+    bounds: list[int] | None = None,
 ) -> TrainingSession:
-    topology = topology_of(tp, sp, ep)
+    """bounds: of the chunks of a pipeline; None takes equal ones."""
+    topology = topology_of(tp, sp, ep, pp)
     settings = complete_ds_config(ds_settings(stage, offload, bf16), config, topology.size("dp"), "the test")
-    model = shard_model(build_model(config, list(freeze), skew), topology)
-    session = TrainingSession(model, manifest(config.model), config.optimizer, settings, info, topology)
+    whole = build_model(config, list(freeze), skew)
+    chunks = None
+    if pp > 1:
+        layers = config.model.num_layers
+        stages = StagePlan(pp, schedule, tuple(bounds or equal_bounds(layers, num_chunks(pp, schedule))))
+        chunks = stages.chunks_of(topology.place("pp"))
+    model = shard_model(whole, topology, chunks)
+    arguments = (model, model.specs, config.optimizer, settings, info, topology)
+    if pp > 1:
+        from megatron_adamba.engine.pipeline import PipelineSession
+
+        held = {spec.name for spec in model.specs}
+        trained = [spec for spec in manifest(config.model) if whole.get_parameter(spec.name).requires_grad]
+        elsewhere = [spec for spec in trained if spec.name not in held]
+        session = PipelineSession(*arguments, stages=stages, elsewhere=elsewhere)
+    else:
+        session = TrainingSession(*arguments)
     if config.model.expanded_from is not None:
         slow_old_weights(session, config.model, config.optimizer.old_lr_scale)
     return session
 
 
-def shard_model(whole: AdambaModel, topology: Topology) -> AdambaModel:
-    """The same model, cut."""
+def shard_model(whole: AdambaModel, topology: Topology, chunks=None) -> AdambaModel:
+    """The same model, cut; of a pipeline's stages these chunks."""
     tp, ep = tensor_parallel(topology), expert_parallel(topology)
-    if tp.size == ep.size == 1:
+    if tp.size == ep.size == 1 and chunks is None:
         return whole
     trains = any(whole.get_parameter(s.name).requires_grad for s in manifest(whole.config) if s.group == "expert")
     model = AdambaModel(
@@ -225,9 +245,10 @@ def shard_model(whole: AdambaModel, topology: Topology) -> AdambaModel:
         tp=tp,
         ep=ep,
         moe_layer=moe_layer_for(topology, trains),
+        chunks=chunks,
     )
     with torch.no_grad():
-        for spec in manifest(whole.config):
+        for spec in model.specs:
             parameter = model.get_parameter(spec.name)
             parameter.copy_(cut(spec, whole.get_parameter(spec.name), *model.share_of(spec)))
             parameter.requires_grad_(whole.get_parameter(spec.name).requires_grad)
@@ -244,14 +265,12 @@ def take_steps(
     curve = []
     for step in range(first, last):
         session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
-        total = torch.zeros(())
-        for index in range(accumulation):
-            number = index * dp + dp_rank
-            for k in range(sampler.passes):
-                plan = sampler.micro_batch_plan(step, number, MICRO_BATCHES, k)
-                total += session.micro_step(**micro_batch(step, number), plan=plan) / (accumulation * sampler.passes)
-        norm = session.step().grad_norm
-        curve.append((session.mean_over_ranks(total).item(), norm))
+        report = session.train_step(
+            MicroStep(**micro_batch(step, number), plan=sampler.micro_batch_plan(step, number, MICRO_BATCHES, k))
+            for number in range(dp_rank, accumulation * dp, dp)
+            for k in range(sampler.passes)
+        )
+        curve.append((session.mean_over_ranks(report.losses.mean()).item(), report.result.grad_norm))
     return curve
 
 
@@ -267,10 +286,11 @@ def engine_curve(
     sp: bool = False,
     ep: int = 1,
     skew: float = 0.0,
+    **pipeline: Any,
 ) -> list[tuple[float, float]]:
-    """A job: the same run through the engine on this group's ranks."""
+    """A job: the same run through the engine on this group's ranks. pipeline: pp, schedule, bounds."""
     config = run_config(**arguments)
-    session = build_session(info, config, stage, offload, bf16, freeze, tp, sp, ep, skew)
+    session = build_session(info, config, stage, offload, bf16, freeze, tp, sp, ep, skew, **pipeline)
     return take_steps(info, session, config, 0, steps)
 
 

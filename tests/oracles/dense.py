@@ -178,7 +178,7 @@ class DenseModel:
         config = self.config
         x = self.p["embedding.weight"][tokens]
         if config.embedding_norm:
-            x = norm(x, None, 1.0, config.hidden_size, config.norm_eps)
+            x = norm(x, None, 1.0, config.static_norm_size, config.norm_eps)
         for index, letter in enumerate(config.block_pattern[:exit_layer]):
             p, row = below(self.p, f"blocks.{index}"), self.rows[index]
             if letter == "T":

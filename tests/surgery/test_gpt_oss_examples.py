@@ -38,7 +38,7 @@ def data(tmp_path_factory):
 
 
 def test_the_whole_road(data, tmp_path):
-    """Pretrain, publish, import, graft, phase 1, generate; phase 1 changes what was grafted and nothing else."""
+    """Pretrain, publish, import, graft, phases 1 and 2, generate; phase 1 changes what was grafted and nothing else."""
     small = "--model.hidden_size 64 --model.num_heads 4 --model.num_kv_groups 2 --model.head_dim 16 "
     small += "--model.expert_ffn_size 64 --model.widths [16,32,64] --train.seq_len 64 --optimizer.name adamw"
     places = {"DATA": str(data), "STEPS": "10", "MODEL_SETTINGS": small, "WIDTHS": "16,32,64", "OMP_NUM_THREADS": "1"}
@@ -57,9 +57,14 @@ def test_the_whole_road(data, tmp_path):
     # the run is bf16, and what it does not train is fp32 all the same
     changed = {name for name in hybrid if not torch.equal(hybrid[name].float(), trained[name].float())}
     assert changed and all(".mixer" in name for name in changed)
+    nested = load_file(tmp_path / "phase2/model/model-00001-of-00001.safetensors")
+    assert all(not torch.equal(nested[name], trained[name]) for name in nested if "experts" in name)
+    records = [json.loads(line) for line in (tmp_path / "phase2/metrics.jsonl").read_text().splitlines()]
+    assert {record["eval_exit"] for record in records if "eval_exit" in record} == {1, 2, 3, 4, 5}
+    assert any("@" in record.get("width", "") for record in records), "no plan left early"
 
 
-@pytest.mark.parametrize("script", ["import.sh", "graft.sh", "phase1.sh"])
+@pytest.mark.parametrize("script", ["import.sh", "graft.sh", "phase.sh"])
 def test_without_arguments_the_usage(script):
     done = subprocess.run(["bash", str(ROOT / "examples/gpt_oss" / script)], capture_output=True, text=True)
     assert done.returncode == 2 and "usage:" in done.stderr

@@ -16,27 +16,9 @@ from megatron_adamba.data.packed import evaluation_batches
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.surgery.canonical_source import open_canonical
 from megatron_adamba.surgery.importance import measure
-from megatron_adamba.surgery.permutation import Order, axis_roles
-from megatron_adamba.surgery.reorder import KINDS, chosen_order, fill, narrow_loss, reorder, with_kind
+from megatron_adamba.surgery.permutation import Order, axis_roles, random_order
+from megatron_adamba.surgery.reorder import KINDS, chosen_order, fill, narrow_loss, reorder, shuffle, with_kind
 from megatron_adamba.surgery.writing import write_job
-
-
-def random_order(config, seed: int) -> Order:
-    """Of everything, at once."""
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = lambda n: torch.randperm(n, generator=generator)
-    size = config.num_heads // config.num_kv_groups
-    order = Order(config.head_dim, hidden=shuffled(config.hidden_size))
-    for block, letter in enumerate(config.block_pattern):
-        if letter in "TE":
-            inside = torch.stack([shuffled(size) + group * size for group in shuffled(config.num_kv_groups)])
-            order.heads[block] = inside
-        if letter == "E":
-            order.experts[block] = shuffled(config.num_experts)
-            order.ffn[block] = torch.stack([shuffled(config.expert_ffn_size) for _ in range(config.num_experts)])
-        elif letter == "T" or config.mamba_use_mlp:
-            order.ffn[block] = shuffled(config.ffn_size)
-    return order
 
 
 @pytest.mark.parametrize("name", GROWING)
@@ -171,3 +153,15 @@ def test_a_model_of_one_width_has_nothing_to_gain(tmp_path, data):
     folder = saved(source_model("T", widths=[32]), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"has one width alone \(32\)"):
         reorder(folder, evaluation_batches(data, 60, 4, 256, None), {})
+
+
+def test_a_random_order_for_comparison(tmp_path, surgery_tool):
+    model = source_model("TEM")
+    folder, want = saved(model, tmp_path / "a"), logits(model, 32)
+    job = shuffle(folder, 3)
+    write_job(job, tmp_path / "b", 60_000, lambda *_: None)
+    new = load(tmp_path / "b")
+    assert (logits(new, 32) - want).abs().max() <= 1e-5 * max(want.abs().max(), 1)
+    assert not torch.equal(new.embedding.weight, model.embedding.weight)
+    _, err = surgery_tool("reorder", folder, tmp_path / "c", code=2)
+    assert "takes --data PREFIX" in err and "--random SEED" in err

@@ -12,10 +12,12 @@ KINDS = ("hidden", "ffn", "heads", "experts")
 def add(commands) -> None:
     text = "the same model with its important channels and units first, for narrow widths to keep"
     command = add_job(commands, "reorder", text, _plan)
-    command.add_argument("--data", required=True, metavar="PREFIX", help="dataset of calibration text")
+    command.add_argument("--data", metavar="PREFIX", help="dataset of calibration text")
     command.add_argument("--tokens", type=int, default=65536, metavar="N", help="its first documents up to so many")
     command.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
     command.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
+    text = "a random order instead, which needs no text: for comparison"
+    command.add_argument("--random", type=int, metavar="SEED", help=text)
     command.add_argument("--orders", default=",".join(KINDS), help="kinds to try, in this order")
 
 
@@ -25,9 +27,13 @@ def _plan(args: argparse.Namespace):
     from megatron_adamba.data.blend import open_dataset
     from megatron_adamba.data.packed import evaluation_batches
     from megatron_adamba.data.tokenizer import load_tokenizer
-    from megatron_adamba.errors import TokenizerError
-    from megatron_adamba.surgery.reorder import reorder
+    from megatron_adamba.errors import ConfigError, TokenizerError
+    from megatron_adamba.surgery.reorder import reorder, shuffle
 
+    if args.random is not None and args.data is None:
+        return shuffle(args.source, args.random)
+    if args.data is None or args.random is not None:
+        raise ConfigError("reorder: takes --data PREFIX, text to measure importance on, or --random SEED; give one")
     for flag in ("tokens", "seq_len", "batch_size"):
         positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
     kinds = args.orders.split(",")

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# A phase of training; experts are spread over the ranks of a node. Started again, an interrupted run goes on.
+# 1: the grafted Mamba layers train, all else stays as it was. 2: everything trains, experts nested, exits too.
+#   bash examples/gpt_oss/phase.sh 1 runs/gpt-oss-20b-hybrid runs/own/data runs/gpt-oss-20b-phase1
+#   bash examples/gpt_oss/phase.sh 2 runs/gpt-oss-20b-phase1/model runs/own/data runs/gpt-oss-20b-phase2
+# DATA holds train.bin and validation.bin, made with the model's own tokenizer:
+#   python tools/preprocess_data.py --tokenizer MODEL/tokenizer.json --input TEXTS --output DATA --split
+set -euo pipefail
+usage="usage: [RANKS=8] bash examples/gpt_oss/phase.sh 1|2 MODEL DATA RUN [settings]"
+[ $# -ge 4 ] && [[ $1 =~ ^[12]$ ]] || { echo "$usage" >&2; exit 2; }
+here=$(dirname "$0") phase=$1 model=$2 data=$3 run=$4
+export PATH="$here/../../.venv/bin:$PATH"
+shift 4
+# with everything training, gradients are cut as the optimizer's state is: 57 GB a GPU without activations, not 75
+ds_config=$here/../../ds_configs/$([ "$phase" = 1 ] && echo zero1 || echo zero2).json
+deepspeed -q --num_gpus "${RANKS:-8}" "$here/../../pretrain_adamba.py" --config "${SETTINGS:-$here/phase$phase.yaml}" \
+    --deepspeed_config "$ds_config" --checkpoint.init_from "$model" --parallel.ep "${RANKS:-8}" \
+    --logging.run_dir "$run" --data.train "[$data/train]" --data.validation "[$data/validation]" --resume auto "$@"
