@@ -29,6 +29,7 @@ from megatron_adamba.engine.optimizer import parameter_groups
 from megatron_adamba.engine.session import MicroStep, StepReport, StepResult, TrainingSession
 from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.model.taps import Taps
 from megatron_adamba.ops.nested_linear import Accumulation
 from megatron_adamba.parallel.topology import ENDS
 
@@ -63,9 +64,10 @@ class ChunkRunner:
         self.losses = torch.zeros(0)
         """[micro steps] what this rank's chunks add to each loss"""
         self.loads: dict[int, Tensor] = {}
+        self.taps: list[Taps] = []
 
     def begin(self, micro_steps: list[MicroStep]) -> None:
-        self.micro_steps, self.loads = micro_steps, {}
+        self.micro_steps, self.loads, self.taps = micro_steps, {}, []
         self.forwards = dict.fromkeys(self.chunks, 0)
         self.losses = torch.zeros(len(micro_steps), device=self.anchor.device)
 
@@ -79,15 +81,22 @@ class ChunkRunner:
         if self.defers:
             mode = Accumulation.HAND_OVER if index == len(self.micro_steps) - 1 else Accumulation.DEFER
         context = self.model.training_context(one.tokens, one.seq_idx, mode, statistics)
+        taps = None if one.taps is None else Taps(one.taps)
+        if taps is not None and not chunk.embedding:
+            x = taps.unpack(x)
         all_take_part = mode is not Accumulation.DEFER
-        out = self.model.run_chunk(chunk, x, one.tokens, one.labels, context, one.plan, all_take_part)
+        out = self.model.run_chunk(chunk, x, one.tokens, one.labels, context, one.plan, all_take_part, taps=taps)
         own = torch.as_tensor(statistics.total(), device=out.device)
         for block, load in statistics.loads.items():
             self.loads[block] = self.loads.get(block, 0) + load
         self.losses[index] += own.detach().float()
         if chunk.head:
             self.losses[index] += out.detach().float()
+            if taps is not None:
+                self.taps.append(taps)
             return out + own
+        if taps is not None:
+            out = taps.pack(out)
         return _Carry.apply(out, self.anchor, own, 1 / len(self.micro_steps))
 
 
@@ -196,7 +205,7 @@ class PipelineSession(TrainingSession):
         norm = float("nan") if skipped else float(self.engine.get_global_grad_norm())
         losses = self.runner.losses
         dist.all_reduce(losses, group=self.topology.group("pp"))
-        return StepReport(StepResult(norm, skipped), losses, self._loads())
+        return StepReport(StepResult(norm, skipped), losses, self._loads(), self.runner.taps)
 
     def _before_step(self) -> None:
         self._losses_finite = torch.isfinite(self.runner.losses).all()

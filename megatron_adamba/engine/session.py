@@ -30,6 +30,7 @@ from megatron_adamba.engine.mpu import ModelParallelUnit, mark_sharded_parameter
 from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
 from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.model.taps import TapRequest, Taps
 from megatron_adamba.ops.nested_linear import Accumulation
 from megatron_adamba.parallel.topology import Topology
 
@@ -53,6 +54,8 @@ class MicroStep:
     seq_idx: Tensor | None
     """[batch, seq] int32 document numbers"""
     plan: ElasticPlan
+    taps: TapRequest | None = None
+    """states to keep; over a pipeline all passes of a step ask for the same"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class StepReport:
     """[micro steps] of this rank's replica, routers' losses included, on every rank of it alike"""
     loads: dict[int, Tensor]
     """by block: choices that each expert got in this replica, [experts]"""
+    taps: list[Taps]
+    """of each micro-step that asked for some; over a pipeline on the rank with the head alone"""
 
 
 class TrainingSession:
@@ -119,13 +124,16 @@ class TrainingSession:
 
     def train_step(self, micro_steps: Iterable[MicroStep]) -> StepReport:
         """All micro-batches of a step, as many as the engine accumulates, and the optimizer's step."""
-        losses, loads = [], {}
+        losses, loads, kept = [], {}, []
         for one in micro_steps:
-            statistics = RouterStatistics()
-            losses.append(self.micro_step(**vars(one), statistics=statistics))
+            statistics, taps = RouterStatistics(), None
+            if one.taps is not None:
+                taps = Taps(one.taps)
+                kept.append(taps)
+            losses.append(self.micro_step(**vars(one) | {"taps": taps}, statistics=statistics))
             for block, load in statistics.loads.items():
                 loads[block] = loads.get(block, 0) + load
-        return StepReport(self.step(), torch.stack(losses).float(), loads)
+        return StepReport(self.step(), torch.stack(losses).float(), loads, kept)
 
     def position_losses(self, tokens: Tensor, labels: Tensor, seq_idx: Tensor | None, plan: ElasticPlan) -> Tensor:
         """Each position's loss, [batch, seq], without gradient, on every rank of the replica."""

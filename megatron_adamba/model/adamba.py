@@ -23,6 +23,7 @@ from megatron_adamba.layers.moe.layer import MoE
 from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.layers.rope import yarn_of
 from megatron_adamba.model.init import initial_tensor
+from megatron_adamba.model.taps import Taps
 from megatron_adamba.ops.attention import attention_mask, segment_positions
 from megatron_adamba.ops.linear_cross_entropy import IGNORED
 from megatron_adamba.ops.nested_linear import Accumulation
@@ -109,19 +110,20 @@ class AdambaModel(nn.Module):
         all_take_part: bool = True,
         reduction: str = "mean",
         statistics: RouterStatistics | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
         """Mean loss in nats (scalar), or logits [batch, seq, vocab] in fp32 where no labels are given.
 
         tokens, labels: [batch, seq] int64, label -100 unscored; seq_idx: [batch, seq] int32 document numbers or None;
         plan: None is full width to the last layer; all_take_part: blocks above the exit run on zero tokens, so that
         their parameters have a gradient of zero; statistics: filled by the routers, whose auxiliary losses are part of
-        the mean loss; reduction "none" gives each position's loss, [batch, seq], without
+        the mean loss; taps: filled by the pass; reduction "none" gives each position's loss, [batch, seq], without
         gradient.
         """
         plan = plan or full_plan(self.config)
         statistics = RouterStatistics() if statistics is None else statistics
         context = self.training_context(tokens, seq_idx, accumulation, statistics)
-        out = self.run_chunk(self.chunks[0], None, tokens, labels, context, plan, all_take_part, reduction)
+        out = self.run_chunk(self.chunks[0], None, tokens, labels, context, plan, all_take_part, reduction, taps)
         return out if out.dim() > 1 else out + statistics.total()
 
     def run_chunk(
@@ -134,12 +136,15 @@ class AdambaModel(nn.Module):
         plan: ElasticPlan,
         all_take_part: bool,
         reduction: str = "mean",
+        taps: Taps | None = None,
     ) -> Tensor:
         """A part of `forward`: the residual stream in (nothing where the embedding is) and out, behind the head what
         `forward` returns without the routers' losses. context: of `training_context` for these tokens."""
         if chunk.embedding:
             x = self.embedding(self.tp.pad_sequence(tokens, 0))
-        x = self._run_blocks(x, chunk.blocks, plan, context, all_take_part)
+            if taps is not None:
+                taps.behind(0, x)
+        x = self._run_blocks(x, chunk.blocks, plan, context, all_take_part, taps)
         if not chunk.head:
             return x
         out = self._head(self.final_norm(x), self.tp.pad_sequence(labels, IGNORED), reduction)
@@ -169,7 +174,13 @@ class AdambaModel(nn.Module):
         return self.final_norm(self._run_blocks(x, range(len(self.blocks)), plan, context, all_take_part))
 
     def _run_blocks(
-        self, x: Tensor, blocks: range, plan: ElasticPlan, context: ForwardContext, all_take_part: bool
+        self,
+        x: Tensor,
+        blocks: range,
+        plan: ElasticPlan,
+        context: ForwardContext,
+        all_take_part: bool,
+        taps: Taps | None = None,
     ) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for index in blocks:
@@ -181,6 +192,8 @@ class AdambaModel(nn.Module):
                 x = checkpoint(block, x, row, context, use_reentrant=False)
             else:
                 x = block(x, row, context)
+            if taps is not None and index < plan.exit_layer:
+                taps.behind(index + 1, x)
         return x
 
     def training_context(

@@ -14,16 +14,13 @@ from torch import Tensor
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.data.loader import to_micro_batch
-from megatron_adamba.data.packed import EvaluationBatches
-from megatron_adamba.elastic.plan import uniform_plan
+from megatron_adamba.data.loader import MicroBatch
 from megatron_adamba.errors import ConfigError
-from megatron_adamba.evaluation.widths import evaluate_plans
 from megatron_adamba.model.adamba import AdambaModel
-from megatron_adamba.parallel.topology import single_process
+from megatron_adamba.surgery.calibration import Calibration
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.importance import Importance, measure
+from megatron_adamba.surgery.narrow_importance import measure_narrow
 from megatron_adamba.surgery.permutation import Order, random_order
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
@@ -33,23 +30,29 @@ KINDS = ("hidden", "ffn", "heads", "experts")
 
 @dataclass(frozen=True)
 class Trial:
-    """One ordering, and the mean loss over the narrow widths, in nats, without and with it."""
+    """One ordering by one measure, and the loss over the narrow widths on each half of the text, in nats."""
 
     kind: str
-    before: float
-    after: float
+    measure: str
+    """activations (at full width) | effect (at the narrow widths, `narrow_importance`)"""
+    before: tuple[float, float]
+    after: tuple[float, float]
 
     @property
-    def kept(self) -> bool:
-        return self.after < self.before
+    def helps(self) -> bool:
+        return all(after < before for after, before in zip(self.after, self.before))
+
+    @property
+    def gain(self) -> float:
+        return (sum(self.before) - sum(self.after)) / 2
 
 
 def reorder(
-    source: Path, batches: EvaluationBatches, calibration: dict[str, Any], kinds: Sequence[str] = KINDS
+    source: Path, calibration: Calibration, recorded: dict[str, Any], kinds: Sequence[str] = KINDS
 ) -> tuple[Job, list[Trial]]:
     """Plan the same model in a better order: of the kinds, each is kept where it lowers the loss of narrow widths.
 
-    batches: the calibration text; calibration: what to record of it. Memory: two copies of the model in fp32.
+    recorded: what to remember of the text. Memory: two copies of the model in fp32, and its activations.
     Raises CheckpointError, ConfigError.
     """
     old = open_canonical(source)
@@ -57,10 +60,11 @@ def reorder(
         raise ConfigError(f"{source}: has one width alone ({old.config.widths[0]}), for which no order is better")
     model = AdambaModel(old.config, device="meta").to_empty(device="cpu").requires_grad_(False).eval()
     load_into(model, source)
-    order, trials = chosen_order(old, model, batches, kinds)
-    kept = [trial.kind for trial in trials if trial.kept]
-    arguments = {**calibration, "kept": kept, "losses": {t.kind: [t.before, t.after] for t in trials}}
-    return _job(old, source, order, arguments, f"kept: {', '.join(kept) or 'no ordering'}"), trials
+    order, trials, kept = chosen_order(old, model, calibration, kinds)
+    losses = {f"{trial.kind} by {trial.measure}": [trial.before, trial.after] for trial in trials}
+    names = [f"{trial.kind} by {trial.measure}" for trial in kept]
+    arguments = {**recorded, "kept": names, "losses": losses}
+    return _job(old, source, order, arguments, f"kept: {', '.join(names) or 'no ordering'}"), trials
 
 
 def shuffle(source: Path, seed: int) -> Job:
@@ -77,22 +81,36 @@ def _job(old: CanonicalSource, source: Path, order: Order, arguments: dict[str, 
 
 
 def chosen_order(
-    source: CanonicalSource, model: AdambaModel, batches: EvaluationBatches, kinds: Sequence[str]
-) -> tuple[Order, list[Trial]]:
-    """model: holds the source's weights, and is left in some order of them."""
-    importance = measure(model, _tokens(batches))
-    order = Order(source.config.head_dim)
-    best, trials = narrow_loss(model, batches), []
+    source: CanonicalSource, model: AdambaModel, calibration: Calibration, kinds: Sequence[str]
+) -> tuple[Order, list[Trial], list[Trial]]:
+    """The order, all trials, and those of them that it keeps. model: holds the source's weights, and is left in some
+    order of them."""
+    activations = measure(model, ((batch["tokens"], _documents(batch)) for batch in calibration))
+    order, best = Order(source.config.head_dim), calibration.narrow_losses(model)
+    trials, kept = [], []
     for kind in kinds:
-        if kind != "hidden" and not getattr(importance, kind):
-            continue
-        candidate = with_kind(order, kind, importance)
-        fill(model, source, candidate)
-        trial = Trial(kind, best, narrow_loss(model, batches))
-        trials.append(trial)
-        if trial.kept:
-            order, best = candidate, trial.after
-    return order, trials
+        measures = {"activations": activations}
+        if kind in ("ffn", "heads"):
+            # which units matter at a narrow width depends on the channels that it has
+            fill(model, source, order)
+            measures["effect"] = measure_narrow(model, calibration)
+        candidates = []
+        for name, importance in measures.items():
+            if kind == "hidden" or getattr(importance, kind):
+                candidate = with_kind(order, kind, importance)
+                fill(model, source, candidate)
+                candidates.append((Trial(kind, name, best, calibration.narrow_losses(model)), candidate))
+        trials += [trial for trial, _ in candidates]
+        helpful = [pair for pair in candidates if pair[0].helps]
+        if helpful:
+            trial, order = max(helpful, key=lambda pair: pair[0].gain)
+            best = trial.after
+            kept.append(trial)
+    return order, trials, kept
+
+
+def _documents(batch: MicroBatch) -> Tensor | None:
+    return batch["seq_idx"] if batch["packed"] else None
 
 
 def with_kind(order: Order, kind: str, importance: Importance) -> Order:
@@ -120,21 +138,6 @@ def fill(model: AdambaModel, source: CanonicalSource, order: Order) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(order.apply(name, source.read(name)))
-
-
-def narrow_loss(model: AdambaModel, batches: EvaluationBatches) -> float:
-    """Mean over the widths below the largest, nats per token."""
-    config: ModelConfig = model.config
-    plans = [uniform_plan(config, width) for width in config.widths[:-1]]
-    score = lambda tokens, labels, seq_idx, plan: model(tokens, labels, seq_idx, plan, reduction="none")
-    rows = evaluate_plans(score, config, batches, plans, torch.device("cpu"), single_process())
-    return sum(row.nats_per_token for row in rows) / len(rows)
-
-
-def _tokens(batches: EvaluationBatches):
-    for number in range(len(batches)):
-        batch = to_micro_batch(batches[number])
-        yield batch["tokens"], batch["seq_idx"] if batch["packed"] else None
 
 
 def _planned(old: CanonicalSource, spec: ParamSpec, order: Order) -> PlannedTensor:

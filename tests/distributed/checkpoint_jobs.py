@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from curve import build_session, run_config, take_steps
 
-from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.rectangles import Fragment, Placement
 from megatron_adamba.checkpoint.training import save_training_checkpoint
 from megatron_adamba.engine.session import TrainingSession
@@ -62,7 +61,7 @@ def load_and_save(info, setup: dict[str, Any], layout: dict[str, Any], source: s
 def _weights_in_use(session: TrainingSession) -> list[str]:
     """Parameters that the model computes with and that are not the canonical ones; ZeRO 3 holds parts of them."""
     wrong = []
-    for spec in manifest(session.module.config):
+    for spec in session.specs:
         parameter = session.module.get_parameter(spec.name)
         shard = cut(spec, canonical_value(f"weight/{spec.name}", spec.shape), *session.module.share_of(spec))
         if hasattr(parameter, "ds_tensor"):

@@ -25,6 +25,7 @@ from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.old_weights import old_places, slow_old_weights
 from megatron_adamba.engine.session import MicroStep, TrainingSession
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.model.taps import TapRequest
 from megatron_adamba.parallel.expert import expert_parallel
 from megatron_adamba.parallel.layout import cut
 from megatron_adamba.parallel.tensor import tensor_parallel
@@ -308,7 +309,9 @@ def cell_curve(
 ) -> list[tuple[float, float]]:
     """A job: a few steps of a cell; alone: on one process at `stage`, whatever the cell's layout."""
     setup, config = cell_config(row, column)
-    layout = {"tp": config.parallel.tp, "sp": config.parallel.sp, "offload": setup.offload, "bf16": setup.bf16}
+    parallel = config.parallel
+    layout = {name: getattr(parallel, name) for name in ("tp", "sp", "pp", "ep")}
+    layout |= {"offload": setup.offload, "bf16": setup.bf16}
     if alone:
         layout = {"bf16": setup.bf16}
     stage = setup.zero_stage if stage is None else stage
@@ -330,3 +333,25 @@ def poisoned_curve(
     if handle is not None:
         handle.remove()
     return [norm != norm, *curve, *take_steps(info, session, config, 5, 10)]
+
+
+def tapped_curve(info, arguments: dict[str, Any], stage: int = 1, **layout: Any) -> dict[str, Any]:
+    """A job: three steps in which every pass leaves taps; the curve, and sums of each pass's states by layer."""
+    config = run_config(**arguments)
+    session = build_session(info, config, stage, **layout)
+    request = TapRequest((0, 1, 3, 4), torch.tensor([0, 5, 9]), first_tokens=2)
+    sampler, curve, states = PlanSampler(config.model, config.elastic, config.train.seed), [], []
+    for step in range(3):
+        session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
+        report = session.train_step(
+            MicroStep(
+                **micro_batch(step, number), plan=sampler.micro_batch_plan(step, number, MICRO_BATCHES), taps=request
+            )
+            for number in range(MICRO_BATCHES)
+        )
+        curve.append((report.losses.mean().item(), report.result.grad_norm))
+        for taps in report.taps:
+            assert not any(taps.layer(layer).requires_grad for layer in request.layers)
+            states.append([taps.layer(layer).double().sum(-1).tolist() for layer in request.layers])
+            states[-1].append(taps.first_tokens.double().sum(-1).tolist())
+    return {"curve": curve, "states": states}

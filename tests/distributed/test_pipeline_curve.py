@@ -6,6 +6,7 @@ import functools
 import json
 
 import pytest
+import torch
 from distributed.curve import plain_curve
 
 HYBRID = {"pattern": "TMTM", "sampling": "per_layer", "exits": 0.5, "mamba_num_groups": 2}
@@ -83,3 +84,25 @@ def test_stages_with_nothing_to_train(workers, freeze):
     """A stage of T blocks alone, then one of M blocks alone."""
     arguments = {"pattern": "TTMM", "sampling": "full", "mamba_use_mlp": False, "norm_weight": False}
     compare(workers, arguments, 2, freeze=freeze, pp=2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "head"),
+    [(2, {"pp": 2}, 1), (4, {"pp": 4}, 3), (2, {"pp": 2, **FOLDED}, 0), (4, {"pp": 2, "tp": 2}, 2)],
+)
+def test_taps_reach_the_head_and_change_nothing(workers, ranks, layout, head):
+    """States of single layers and the first embeddings are those of one process, and losses and norms the usual."""
+    arguments = HYBRID | {"exits": 0.0}
+    expected = reference(json.dumps(arguments), "[]")[:3]
+    (alone,) = workers(1).run("curve", "tapped_curve", arguments=arguments)
+    found = workers(ranks).run("curve", "tapped_curve", arguments=arguments, **layout)
+    for job in (alone, *found):
+        for (loss, norm), (wanted, wanted_norm) in zip(job["curve"], expected, strict=True):
+            assert abs(loss - wanted) < 1e-5 and abs(norm - wanted_norm) < 1e-5 * wanted_norm
+    assert len(alone["states"]) == 12 and len(alone["states"][0]) == 5
+    for rank, job in enumerate(found):
+        assert bool(job["states"]) == (rank == head or (rank == 3 and "tp" in layout))
+    for one, other in zip(found[head]["states"], alone["states"], strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), rtol=0, atol=1e-4)
+    assert any(abs(value) > 1 for value in alone["states"][0][0][0])

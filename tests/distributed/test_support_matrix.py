@@ -12,13 +12,13 @@ from megatron_adamba.blueprint.support import FEATURES, Cell, cell, support_tabl
 
 STEPS = 2
 CELLS = [cell(row, column) for number, row in enumerate(FEATURES) for column in FEATURES[: number + 1]]
-FOUR_RANKS = "TP x data parallel"
+FOUR_RANKS = {"TP x data parallel", "PP x data parallel"}
 
 
 def marked(found: Cell):
     """Four ranks on few cores take long: with those, what is not about ZeRO or experts runs among the slow grids."""
     names = {found.row.name, found.column.name}
-    slow = FOUR_RANKS in names and not any("ZeRO" in name or "expert" in name for name in names)
+    slow = FOUR_RANKS & names and not any("ZeRO" in name or "expert" in name for name in names)
     return pytest.param(found.row.name, found.column.name, marks=[pytest.mark.slow] if slow else [])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,17 @@ from surgery.test_graft import load, saved
 
 from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
 from megatron_adamba.data.indexed_dataset import IndexedDataset
+from megatron_adamba.data.loader import to_micro_batch
 from megatron_adamba.data.packed import evaluation_batches
+from megatron_adamba.elastic.plan import uniform_plan
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.surgery.calibration import Calibration
 from megatron_adamba.surgery.canonical_source import open_canonical
 from megatron_adamba.surgery.importance import measure
+from megatron_adamba.surgery.narrow_importance import measure_narrow
 from megatron_adamba.surgery.permutation import Order, axis_roles, random_order
-from megatron_adamba.surgery.reorder import KINDS, chosen_order, fill, narrow_loss, reorder, shuffle, with_kind
+from megatron_adamba.surgery.reorder import KINDS, Trial, chosen_order, fill, reorder, shuffle, with_kind
 from megatron_adamba.surgery.writing import write_job
 
 
@@ -120,39 +126,126 @@ def data(tmp_path):
     return IndexedDataset(tmp_path / "text")
 
 
+def calibration_of(data, max_tokens=None) -> Calibration:
+    return Calibration(evaluation_batches(data, 60, 4, 256), max_tokens)
+
+
 def test_what_does_not_help_is_left_out(tmp_path, data):
     """The losses of the trials are those of the models that they stand for, and only what lowers them is kept."""
     model = source_model("TEM")
-    folder = saved(model, tmp_path / "a")
-    batches = evaluation_batches(data, 60, 4, 256, None)
-    job, trials = reorder(folder, batches, {"data": "text"})
-    assert [trial.kind for trial in trials] == list(KINDS)
+    folder, text = saved(model, tmp_path / "a"), calibration_of(data)
+    job, trials = reorder(folder, text, {"data": "text"})
+    tried = [(trial.kind, trial.measure) for trial in trials]
+    both = ("activations", "effect")
+    assert tried == [
+        ("hidden", "activations"), *(("ffn", name) for name in both), *(("heads", name) for name in both),
+        ("experts", "activations"),
+    ]  # fmt: skip
     write_job(job, tmp_path / "b", 60_000, lambda *_: None)
     new = load(tmp_path / "b")
     want = logits(model, 32)
     assert (logits(new, 32) - want).abs().max() <= 1e-5 * max(want.abs().max(), 1)
-    kept = [trial.after for trial in trials if trial.kept]
-    assert trials[0].before == pytest.approx(narrow_loss(model, batches), abs=1e-6)
-    assert narrow_loss(new, batches) == pytest.approx(kept[-1] if kept else trials[0].before, abs=1e-5)
+    (entry,) = json.loads((tmp_path / "b" / "surgery.json").read_text())
+    kept = entry["arguments"]["kept"]
+    assert kept and set(kept) <= {f"{trial.kind} by {trial.measure}" for trial in trials if trial.helps}
+    last = next(trial for trial in trials if f"{trial.kind} by {trial.measure}" == kept[-1])
+    assert trials[0].before == pytest.approx(text.narrow_losses(model), abs=1e-6)
+    assert text.narrow_losses(new) == pytest.approx(last.after, abs=1e-5)
     experts = trials[-1]
     assert experts.after == pytest.approx(experts.before, abs=1e-5), "their order changes no loss"
-    (entry,) = json.loads((tmp_path / "b" / "surgery.json").read_text())
-    assert entry["arguments"]["kept"] == [trial.kind for trial in trials if trial.kept]
+
+
+def test_an_order_has_to_convince_both_halves():
+    trial = lambda after: Trial("ffn", "effect", (2.0, 3.0), after)
+    assert trial((1.9, 2.9)).helps and trial((1.9, 2.9)).gain == pytest.approx(0.1)
+    assert not trial((1.0, 3.1)).helps and not trial((2.0, 3.0)).helps
+
+
+@pytest.mark.parametrize("max_tokens", [None, 500])
+def test_the_text_comes_from_all_over(data, max_tokens):
+    """Halves by hand, from whole batches."""
+    model, batches = source_model("T"), evaluation_batches(data, 60, 4, 256)
+    text = Calibration(batches, max_tokens)
+    chosen = list(range(len(batches))) if max_tokens is None else [0, len(batches) // 2]
+    assert text.num_tokens == sum(int((batches[index]["labels"] != -100).sum()) for index in chosen)
+    losses = []
+    for half in (chosen[::2], chosen[1::2]):
+        total, count = 0.0, 0
+        for index in half:
+            batch = to_micro_batch(batches[index])
+            count += int((batch["labels"] != -100).sum())
+            for width in (8, 16):
+                plan = uniform_plan(model.config, width)
+                out = model(batch["tokens"], None, batch["seq_idx"] if batch["packed"] else None, plan)
+                flat = torch.nn.functional.cross_entropy(out.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+                total += flat.item() / 2
+        losses.append(total / count)
+    assert text.narrow_losses(model) == pytest.approx(losses, abs=1e-5)
+
+
+def test_effects_are_what_removal_costs():
+    """sum |a dL/da| over tokens, by finite differences of one activation at a time; narrow, with all units."""
+    model = source_model("T", block_pattern="T", widths=[16, 32])
+    tokens = torch.randint(0, 257, (1, 6), generator=torch.Generator().manual_seed(4))
+    labels = torch.randint(0, 257, (1, 6), generator=torch.Generator().manual_seed(5))
+    batch = {"tokens": tokens, "labels": labels, "seq_idx": torch.zeros_like(tokens), "packed": False}
+    got = measure_narrow(model, [batch])
+    rows = [replace(row, kv_groups=model.config.num_kv_groups, ffn=128) for row in model.config.nest]
+    wide = AdambaModel(replace(model.config, nest=rows)).double().requires_grad_(False)
+    wide.load_state_dict(model.state_dict())
+    plan = uniform_plan(wide.config, 16)
+    for module, units, found in (
+        (wide.blocks[0].mlp.down, 128, got.ffn[0]),
+        (wide.blocks[0].attention.out, model.config.num_heads, got.heads[0].flatten()),
+    ):
+        effects = torch.zeros(units)
+        for token in range(6):
+            for unit in range(0, units, max(1, units // 8)):
+                sides = []
+                for share in (1e-4, -1e-4):
+
+                    def change(_, given, token=token, unit=unit, share=share, units=units):
+                        x = given[0].clone()
+                        own = x[0, token].view(units, -1)
+                        own[unit] *= 1 + share
+                        return (x, *given[1:])
+
+                    handle = module.register_forward_pre_hook(change)
+                    sides.append(wide(tokens, labels, plan=plan).item())
+                    handle.remove()
+                effects[unit] += abs(sides[0] - sides[1]) / 2e-4
+        chosen = list(range(0, units, max(1, units // 8)))
+        ratio = effects[chosen] / found[chosen].clamp(min=1e-9)
+        assert effects[chosen].max() > 0
+        scale = (effects[chosen].sum() / found[chosen].sum()).item()
+        assert torch.allclose(effects[chosen], found[chosen] * scale, rtol=1e-3, atol=1e-5 * effects.max()), ratio
+
+
+def test_effects_of_rows_in_experts():
+    """Scaling a row of one expert's down projection scales what the row says."""
+    model = source_model("TE", block_pattern="E", widths=[16, 32]).double()
+    tokens = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(4))
+    labels = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(5))
+    batch = {"tokens": tokens, "labels": labels, "seq_idx": torch.zeros_like(tokens), "packed": False}
+    got = measure_narrow(model, [batch]).ffn[0]
+    assert got.shape == (model.config.num_experts, model.config.expert_ffn_size) and (got > 0).any()
+    with torch.no_grad():
+        model.blocks[0].moe.experts.down_weight[1, :, 5] = 0
+    assert measure_narrow(model, [batch]).ffn[0][1, 5] == 0
 
 
 def test_each_kind_alone(tmp_path, data):
     model = source_model("TEM")
     source = open_canonical(saved(model, tmp_path / "a"))
-    batches = evaluation_batches(data, 60, 4, 256, None)
     for kind in KINDS:
-        _, trials = chosen_order(source, load(tmp_path / "a"), batches, [kind])
-        assert [trial.kind for trial in trials] == [kind]
+        _, trials, _ = chosen_order(source, load(tmp_path / "a"), calibration_of(data), [kind])
+        assert {trial.kind for trial in trials} == {kind}
 
 
 def test_a_model_of_one_width_has_nothing_to_gain(tmp_path, data):
     folder = saved(source_model("T", widths=[32]), tmp_path / "a")
     with pytest.raises(ConfigError, match=r"has one width alone \(32\)"):
-        reorder(folder, evaluation_batches(data, 60, 4, 256, None), {})
+        reorder(folder, calibration_of(data), {})
 
 
 def test_a_random_order_for_comparison(tmp_path, surgery_tool):

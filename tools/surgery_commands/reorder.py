@@ -13,7 +13,7 @@ def add(commands) -> None:
     text = "the same model with its important channels and units first, for narrow widths to keep"
     command = add_job(commands, "reorder", text, _plan)
     command.add_argument("--data", metavar="PREFIX", help="dataset of calibration text")
-    command.add_argument("--tokens", type=int, default=65536, metavar="N", help="its first documents up to so many")
+    command.add_argument("--tokens", type=int, default=65536, metavar="N", help="of it, from all over")
     command.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
     command.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
     text = "a random order instead, which needs no text: for comparison"
@@ -28,6 +28,7 @@ def _plan(args: argparse.Namespace):
     from megatron_adamba.data.packed import evaluation_batches
     from megatron_adamba.data.tokenizer import load_tokenizer
     from megatron_adamba.errors import ConfigError, TokenizerError
+    from megatron_adamba.surgery.calibration import Calibration
     from megatron_adamba.surgery.reorder import reorder, shuffle
 
     if args.random is not None and args.data is None:
@@ -44,10 +45,12 @@ def _plan(args: argparse.Namespace):
         raise TokenizerError(f"{args.source}: holds no tokenizer, and its config.json names none; copy it there")
     tokenizer = load_tokenizer(found)
     indexed = open_dataset(args.data, tokenizer, "--data")
-    batches = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id, args.tokens)
-    calibration = {"data": args.data, "tokens": batches.num_tokens, "seq_len": args.seq_len}
-    job, trials = reorder(args.source, batches, calibration, kinds)
+    batches = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id)
+    calibration = Calibration(batches, args.tokens)
+    recorded = {"data": args.data, "tokens": calibration.num_tokens, "seq_len": args.seq_len}
+    job, trials = reorder(args.source, calibration, recorded, kinds)
+    print("mean loss over the narrow widths, on each half of the text:")
     for trial in trials:
-        done = "kept" if trial.kept else "left out"
-        print(f"{trial.kind:8} {trial.before:.4f} -> {trial.after:.4f} nats at the narrow widths: {done}")
+        losses = "".join(f"  {before:.4f} -> {after:.4f}" for before, after in zip(trial.before, trial.after))
+        print(f"{trial.kind:8} by {trial.measure:12}{losses}  {'helps' if trial.helps else 'left out'}")
     return job
