@@ -46,9 +46,11 @@ def fail(error: AdambaError, first: bool) -> int:
 def show_config(parsed: ParsedArguments) -> int:
     from rich.console import Console
 
+    from megatron_adamba.blueprint.compat import micro_steps
     from megatron_adamba.blueprint.resolve import resolve_model
+    from megatron_adamba.blueprint.stages import plan_stages
     from megatron_adamba.data.tokenizer import load_tokenizer
-    from megatron_adamba.training.report import print_config, print_summary
+    from megatron_adamba.training.report import print_config, print_stages, print_summary
 
     config = parsed.config
     vocab_size = config.model.vocab_size
@@ -64,6 +66,9 @@ def show_config(parsed: ParsedArguments) -> int:
         print_config(console, replace(config, model=model), sources)
     if parsed.summary:
         print_summary(console, model, config.train.seq_len)
+        if config.parallel.pp > 1:
+            stages = plan_stages(model, config.parallel, config.train.seq_len, config.model.block_pattern)
+            print_stages(console, model, stages, config.train.seq_len, micro_steps(config))
     return 0
 
 

@@ -38,6 +38,7 @@ setup(
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "transformers>=5.20,<6",
             "triton>=3.4; platform_system == 'Linux' and platform_machine == 'x86_64'",

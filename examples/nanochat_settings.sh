@@ -17,8 +17,9 @@ phase_3="$((steps * 2 / 3)) 1e-3 --train.phase 3 $sandwich"
 # run NAME STEPS LEARNING_RATE SETTING ...: two processes; what it learned is in $out/NAME/model
 run() {
     echo "== $1"
-    deepspeed -q --num_gpus 2 pretrain_adamba.py --logging.run_dir "$out/$1" --train.steps "$2" --optimizer.lr "$3" \
-        --optimizer.warmup_steps $(($2 / 10)) --optimizer.schedule wsd --checkpoint.interval 0 --train.seq_len 256 \
-        --train.global_batch_size 16 --train.micro_batch_size 8 --data.train "[$data/train]" \
-        --data.validation "[$data/validation]" --train.eval_interval $(($2 / 4)) "${@:4}" ${RUN_SETTINGS:-}
+    deepspeed -q --num_gpus 2 --master_port "${MASTER_PORT:-29500}" pretrain_adamba.py --logging.run_dir "$out/$1" \
+        --train.steps "$2" --optimizer.lr "$3" --optimizer.warmup_steps $(($2 / 10)) --optimizer.schedule wsd \
+        --checkpoint.interval 0 --train.seq_len 256 --train.global_batch_size 16 --train.micro_batch_size 8 \
+        --data.train "[$data/train]" --data.validation "[$data/validation]" --train.eval_interval $(($2 / 4)) \
+        "${@:4}" ${RUN_SETTINGS:-}
 }

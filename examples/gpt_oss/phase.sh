@@ -13,6 +13,8 @@ export PATH="$here/../../.venv/bin:$PATH"
 shift 4
 # with everything training, gradients are cut as the optimizer's state is: 57 GB a GPU without activations, not 75
 ds_config=$here/../../ds_configs/$([ "$phase" = 1 ] && echo zero1 || echo zero2).json
-deepspeed -q --num_gpus "${RANKS:-8}" "$here/../../pretrain_adamba.py" --config "${SETTINGS:-$here/phase$phase.yaml}" \
-    --deepspeed_config "$ds_config" --checkpoint.init_from "$model" --parallel.ep "${RANKS:-8}" \
-    --logging.run_dir "$run" --data.train "[$data/train]" --data.validation "[$data/validation]" --resume auto "$@"
+ranks=${RANKS:-8}
+deepspeed -q --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" "$here/../../pretrain_adamba.py" \
+    --config "${SETTINGS:-$here/phase$phase.yaml}" --deepspeed_config "$ds_config" --parallel.ep "$ranks" \
+    --checkpoint.init_from "$model" --logging.run_dir "$run" --resume auto \
+    --data.train "[$data/train]" --data.validation "[$data/validation]" "$@"

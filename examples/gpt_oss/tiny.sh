@@ -10,9 +10,9 @@ out=${1:-runs/gpt-oss-tiny} data=${DATA:-runs/quickstart/data} steps=${STEPS:-20
 settings="--train.steps $steps --optimizer.warmup_steps $((steps / 10))"
 small="$settings --train.seq_len 256 --train.global_batch_size 8 --train.micro_batch_size 4"
 
-deepspeed -q --num_gpus 2 pretrain_adamba.py --preset gpt-oss-tiny --parallel.ep 2 $settings ${MODEL_SETTINGS:-} \
-    --data.train "[$data/train]" --data.validation "[$data/validation]" --data.tokenizer "$data/tokenizer.model" \
-    --logging.run_dir "$out/pretrained"
+deepspeed -q --num_gpus 2 --master_port "${MASTER_PORT:-29500}" pretrain_adamba.py --preset gpt-oss-tiny \
+    --parallel.ep 2 $settings ${MODEL_SETTINGS:-} --data.tokenizer "$data/tokenizer.model" \
+    --data.train "[$data/train]" --data.validation "[$data/validation]" --logging.run_dir "$out/pretrained"
 python tools/surgery.py export hf "$out/pretrained/model" "$out/published"
 
 bash examples/gpt_oss/import.sh "$out/published" "$out/imported" --widths "${WIDTHS:-32,64,128,256}" \

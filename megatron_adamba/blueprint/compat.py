@@ -71,10 +71,14 @@ def _legal_batch(setup: RunSetup) -> int:
     return max(part, -(-setup.config.train.global_batch_size // part) * part)
 
 
+def micro_steps(config: AdambaConfig, replicas: int = 1) -> int:
+    """Passes of micro-batches in a step on one of so many replicas."""
+    passes = config.elastic.sandwich_passes if config.elastic.width_sampling == "sandwich" else 1
+    return config.train.global_batch_size // (config.train.micro_batch_size * replicas) * passes
+
+
 def _micro_steps(setup: RunSetup) -> int:
-    """Passes of micro-batches in a step on one replica."""
-    elastic = setup.config.elastic
-    return int(_accumulation(setup)) * (elastic.sandwich_passes if elastic.width_sampling == "sandwich" else 1)
+    return micro_steps(setup.config, setup.dp)
 
 
 def _pipeline_batch(setup: RunSetup) -> int:

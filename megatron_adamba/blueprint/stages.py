@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_adamba.blueprint.flops import block_flops
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.nest import block_rows
+from megatron_adamba.blueprint.pattern import parse_cuts
 from megatron_adamba.blueprint.resolve import attention_windows
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.sections import ParallelConfig
@@ -88,22 +89,37 @@ class StagePlan:
         return self.owner_of(self.num_chunks - 1)
 
     def bubble(self, micro_steps: int) -> float:
-        """Share of a step in which a stage waits, were all chunks equal and backward twice forward.
+        """Share of a step in which ranks wait, were all chunks alike and backward twice forward.
 
-        1F1B: (pp - 1) / (M + pp - 1). DualPipeV, without split weight gradients: its pp - 1 ranks' worth of waiting is
-        filled from both ends of the V, (pp - 1) / (2 M + pp - 1) with chunks half as large.
+        1F1B: (pp - 1) / (M + pp - 1). DualPipeV as DeepSpeed 0.19.8 runs it, weight gradients inside backward:
+        (5 pp - 6) / (6 M + 5 pp - 6).
         """
-        waits = self.pp - 1
-        return waits / (micro_steps * self.num_chunks // self.pp + waits)
+        if self.pp == 1:
+            return 0.0
+        if self.num_chunks == self.pp:
+            return (self.pp - 1) / (micro_steps + self.pp - 1)
+        waits = 5 * self.pp - 6
+        return waits / (6 * micro_steps + waits)
+
+    def in_flight(self, pp_rank: int, micro_steps: int) -> int:
+        """Passes through a chunk whose activations a rank keeps at the most: pp - r under 1F1B, of both chunks together
+        2 pp + 1 under DualPipeV, whose chunks are half as large."""
+        if self.num_chunks == self.pp:
+            return min(micro_steps, self.pp - pp_rank)
+        return min(2 * micro_steps, 2 * self.pp + 1)
 
 
-def plan_stages(config: ModelConfig, parallel: ParallelConfig, seq_len: int) -> StagePlan:
-    """The pipeline of a resolved model, `parallel.stage_bounds` where these are given.
+def plan_stages(
+    config: ModelConfig, parallel: ParallelConfig, seq_len: int, pattern: str | Sequence[str] | None = None
+) -> StagePlan:
+    """The pipeline of a resolved model: cut where `pattern`, as the user wrote it, has `|`, else at
+    `parallel.stage_bounds`, else as `parallel.stage_split` says.
 
     Raises ConfigError where bounds and degrees disagree.
     """
     wanted = num_chunks(parallel.pp, parallel.pipeline_schedule)
-    bounds, depth = parallel.stage_bounds, config.num_layers
+    cuts = parse_cuts(pattern) if parallel.pp > 1 else None
+    bounds, depth = cuts or parallel.stage_bounds, config.num_layers
     if bounds is None:
         costs = block_costs(config, seq_len)
         by_cost = parallel.stage_split == "cost"
@@ -128,11 +144,11 @@ def specs_held(specs: Sequence[ParamSpec], chunks: Sequence[Chunk], tied: bool) 
     return tuple(spec for spec in specs if any(chunk.holds(spec.name, tied) for chunk in chunks))
 
 
-def block_costs(config: ModelConfig, seq_len: int) -> list[float]:
-    """FLOPs of each block per token, a mean over the nest's widths, with the head added to the last one (the embedding
-    is a look-up)."""
+def block_costs(config: ModelConfig, seq_len: int, widths: Sequence[int] | None = None) -> list[float]:
+    """Forward FLOPs of each block per token, a mean over `widths` (the nest's), with the head added to the last one.
+    The embedding is a look-up."""
     rows, windows = block_rows(config), attention_windows(config)
-    widths = [row.width for row in config.nest]
+    widths = widths or [row.width for row in config.nest]
     costs = [
         sum(block_flops(config, letter, rows[index][width], windows[index], seq_len) for width in widths) / len(widths)
         for index, letter in enumerate(config.block_pattern)

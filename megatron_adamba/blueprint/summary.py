@@ -8,7 +8,36 @@ from megatron_adamba.blueprint.flops import forward_flops, training_flops
 from megatron_adamba.blueprint.manifest import GROUPS, manifest
 from megatron_adamba.blueprint.nest import largest_widths
 from megatron_adamba.blueprint.phases import trains_in_phase
+from megatron_adamba.blueprint.stages import Chunk, StagePlan, block_costs, specs_held
 from megatron_adamba.config.model import ModelConfig
+
+
+def summarize_stages(config: ModelConfig, stages: StagePlan, seq_len: int) -> list[dict[str, Any]]:
+    """Of each rank of a pipeline: {"rank", "blocks", "parameters", "training_flops"}, gains left out of the parameters,
+    FLOPs per token at full width."""
+    plan, specs, rows = tuple(largest_widths(config)), manifest(config), []
+    for rank in range(stages.pp):
+        chunks = stages.chunks_of(rank)
+        held = specs_held(specs, chunks, config.tie_embeddings)
+        costs = block_costs(config, seq_len, [max(plan)])
+        parts = [
+            [*(["embedding"] if chunk.embedding else []), _numbers(chunk), *(["head"] if chunk.head else [])]
+            for chunk in chunks
+        ]
+        rows.append(
+            {
+                "rank": rank,
+                "blocks": " and ".join(", ".join(names) for names in parts),
+                "parameters": sum(spec.numel for spec in held if spec.group != "gain"),
+                "training_flops": 3 * sum(costs[index] for chunk in chunks for index in chunk.blocks),
+            }
+        )
+    return rows
+
+
+def _numbers(chunk: Chunk) -> str:
+    last = chunk.last - 1
+    return f"{chunk.first}-{last}" if last > chunk.first else str(last)
 
 
 def summarize(config: ModelConfig, seq_len: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import dataclasses
 from rich.console import Console
 from rich.table import Table
 
-from megatron_adamba.blueprint.summary import summarize
+from megatron_adamba.blueprint.stages import StagePlan
+from megatron_adamba.blueprint.summary import summarize, summarize_stages
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.depth import REASONS
 from megatron_adamba.config.model import ModelConfig
@@ -62,6 +63,32 @@ def print_summary(console: Console, config: ModelConfig, seq_len: int) -> None:
     console.print(table)
 
 
+def print_stages(console: Console, config: ModelConfig, stages: StagePlan, seq_len: int, micro_steps: int) -> None:
+    """What each rank of a pipeline holds, and how long it waits."""
+    rows = summarize_stages(config, stages, seq_len)
+    dearest = max(row["training_flops"] for row in rows)
+    table = Table(title=f"pipeline of {stages.pp} stages, {stages.schedule}")
+    for name in ("stage", "blocks", "parameters", "FLOPs", "of most", "passes kept"):
+        table.add_column(name, justify="left" if name == "blocks" else "right", no_wrap=name != "blocks")
+    for row in rows:
+        table.add_row(
+            str(row["rank"]),
+            row["blocks"],
+            f"{row['parameters']:,}",
+            f"{row['training_flops']:.3e}",
+            f"{row['training_flops'] / dearest:.0%}",
+            str(stages.in_flight(row["rank"], micro_steps)),
+        )
+    console.print(table)
+    uneven = sum(row["training_flops"] for row in rows) / (dearest * stages.pp)
+    bubble = stages.bubble(micro_steps)
+    console.print(
+        f"expected bubble {bubble:.1%} with {micro_steps} passes a step and equal stages; "
+        f"{1 - (1 - bubble) * uneven:.1%} with these",
+        highlight=False,
+    )
+
+
 def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
     """The choices of this run, one line each."""
     config, info = run.plan.config, run.session.rank_info
@@ -83,6 +110,11 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
         lines.append(f"weights    of {start}, where there is nothing to resume; optimizer state starts anew")
         change = describe_phase_change(run.plan.specs, read_run_config(start).get("train"), config.train)
         lines += [f"phase      {change}"] if change else []
+    if grid.pp > 1:
+        stages, passes = run.plan.stages, accumulation * run.sampler.passes
+        held = " | ".join(row["blocks"] for row in summarize_stages(config.model, stages, config.train.seq_len))
+        bubble = f"expected bubble {stages.bubble(passes):.1%} of {passes} passes a step"
+        lines.append(f"pipeline   {stages.schedule}, blocks {held}; {bubble}")
     lines += [f"kernel     {name}: {choice}" for name, choice in available_kernels().items()]
     lines += [f"--depth {parsed.depth}   {key} = {value}  ({REASONS[key]})" for key, value in parsed.derived.items()]
     for line in lines:

@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_adamba.blueprint.compat import RunSetup, check_combination
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
-from megatron_adamba.blueprint.pattern import parse_cuts
 from megatron_adamba.blueprint.phases import frozen_specs
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.blueprint.stages import StagePlan, plan_stages
@@ -80,8 +79,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
         raise ConfigError("--data.tokenizer: not given; try --data.tokenizer bytes")
     if not config.data.train:
         raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
-    if (cuts := parse_cuts(config.model.block_pattern)) is not None and config.parallel.pp > 1:
-        config = replace(config, parallel=replace(config.parallel, stage_bounds=list(cuts)))
+    pattern = config.model.block_pattern
     raw = read_ds_config(parsed.deepspeed_config)
     stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
@@ -98,7 +96,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
     # once more, as some rules look at the vocabulary
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
-    stages = plan_stages(config.model, config.parallel, config.train.seq_len)
+    stages = plan_stages(config.model, config.parallel, config.train.seq_len, pattern)
     config = replace(config, parallel=replace(config.parallel, stage_bounds=list(stages.bounds)))
     ds_config = complete_ds_config(raw, config, grid.dp, parsed.deepspeed_config or "the built-in ds_config")
     return RunPlan(config, ds_config, manifest(config.model), tokenizer, grid, stage, bf16, stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 from pathlib import Path
@@ -20,7 +21,12 @@ def road(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("road")
     data = write_data(folder)
     places = {"DATA": str(data), "STEPS": "12", "HIDDEN": "32", "WIDER": "48", "WIDTHS": "8,16,32"}
-    places |= {"OMP_NUM_THREADS": "1", "CALIBRATION_TOKENS": "3000", "EVALUATION_TOKENS": "2000"}
+    places |= {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(random.randint(20000, 40000)),
+        "CALIBRATION_TOKENS": "3000",
+        "EVALUATION_TOKENS": "2000",
+    }
     places |= {"RUN_SETTINGS": "--train.eval_tokens 1000 --logging.interval 1"}
     script = ["bash", str(ROOT / "examples/nanochat_to_adamba.sh"), str(folder / "out")]
     done = subprocess.run(script, env=os.environ | places, capture_output=True, text=True, timeout=500)

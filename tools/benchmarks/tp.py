@@ -6,24 +6,17 @@ the first KV groups and FFN blocks, so at half the width and below rank 1 has no
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.common import DTYPES, TOLERANCE, ComparisonError, Row, interleaved, require_close, time_row
+from benchmarks.ranks import PATIENCE, on_ranks
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig, NestRow
-from megatron_adamba.errors import AdambaError
 from megatron_adamba.layers.attention import NestedAttention
 from megatron_adamba.layers.block import AttentionBlock
 from megatron_adamba.layers.context import ForwardContext
@@ -36,8 +29,6 @@ from megatron_adamba.parallel.layout import cut
 from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
 RANKS = 2
-PATIENCE = timedelta(seconds=120)
-"""for one collective; a rank that is alone gives up"""
 
 
 @dataclass(frozen=True)
@@ -81,55 +72,12 @@ class Stack(nn.Module):
 
 def measure(quick: bool) -> list[Row]:
     """Rows for every dtype and width, timed on ranks that share the machine's threads."""
-    return on_ranks(_measure, quick, max(1, torch.get_num_threads() // RANKS))
+    return on_ranks(_measure_rank, RANKS, quick, max(1, torch.get_num_threads() // RANKS))
 
 
-def on_ranks(function: Callable, *arguments):
-    """What `function(tp, *arguments)` returns on rank 0 of fresh processes; the first that fails ends the others."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        ends, processes = [], []
-        for rank in range(RANKS):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_run_rank, args=(theirs, rank, str(Path(folder) / "store"), function, arguments), daemon=True
-            )
-            process.start()
-            theirs.close()
-            ends.append(ours)
-            processes.append(process)
-        try:
-            return _answers(ends)[0]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-
-
-def _answers(ends: list[Connection]) -> list:
-    """By rank. Raises what the first rank to fail has raised."""
-    found: dict[int, object] = {}
-    while len(found) < len(ends):
-        for end in wait([end for rank, end in enumerate(ends) if rank not in found]):
-            rank = ends.index(end)
-            try:
-                failed, answer = end.recv()
-            except EOFError:
-                raise RuntimeError(f"rank {rank} died without a word") from None
-            if failed:
-                raise answer if isinstance(answer, AdambaError) else RuntimeError(f"rank {rank}: {answer}")
-            found[rank] = answer
-    return [found[rank] for rank in range(len(ends))]
-
-
-def _run_rank(answers: Connection, rank: int, store: str, function: Callable, arguments: tuple) -> None:
-    try:
-        dist.init_process_group("gloo", f"file://{store}", PATIENCE, RANKS, rank)
-        answers.send((False, function(TensorParallel(RANKS, rank, dist.group.WORLD), *arguments)))
-    except AdambaError as error:
-        answers.send((True, error))
-    except BaseException:
-        answers.send((True, traceback.format_exc()))
+def _measure_rank(rank: int, store: str, quick: bool, threads: int) -> list[Row]:
+    dist.init_process_group("gloo", f"file://{store}", PATIENCE, RANKS, rank)
+    return _measure(TensorParallel(RANKS, rank, dist.group.WORLD), quick, threads)
 
 
 def _measure(tp: TensorParallel, quick: bool, threads: int) -> list[Row]:
