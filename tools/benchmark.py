@@ -1,6 +1,6 @@
 """Measure this project beside its peers: the same weights, dtype and threads, outputs compared before anything counts.
 
-python tools/benchmark.py nested|train|blocks|mixer|moe|tp [--json FILE] [--quick]
+python tools/benchmark.py nested|train|blocks|mixer|moe|tp|pipeline|surgery [--json FILE] [--quick]
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ SUBCOMMANDS = {
     "mixer": "the Mamba-2 mixer, beside transformers' on its torch path",
     "moe": "a mixture-of-experts layer, beside transformers' experts and DeepSpeed's MoE",
     "tp": "layers over two ranks, their units dealt out in turn, beside the same layers split into halves",
+    "pipeline": "pipelines of two stages as they run, of four and eight replayed, cut by cost and into equal counts",
+    "surgery": "operations on a synthetic checkpoint, beside cp plus fsync of the files that they write",
 }
 
 
@@ -33,13 +35,17 @@ def main(words: list[str]) -> int:
         subparser.add_argument("--json", metavar="FILE", help="also write the rows there")
         subparser.add_argument("--quick", action="store_true", help="tiny sizes: that it runs, not how fast")
         subparser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all of the machine's")
+        if name == "surgery":
+            subparser.add_argument("--gigabytes", type=float, metavar="N", help="of the checkpoint; 8 by default")
+            subparser.add_argument("--folder", type=Path, metavar="DIR", help="scratch space; runs/ by default")
     args = parser.parse_args(words)
 
     import torch
     from benchmarks.common import print_rows, write_rows
 
     torch.set_num_threads(args.threads)
-    rows = importlib.import_module(f"benchmarks.{args.subcommand}").measure(args.quick)
+    options = {name: getattr(args, name) for name in ("gigabytes", "folder") if name in args}
+    rows = importlib.import_module(f"benchmarks.{args.subcommand}").measure(args.quick, **options)
     print_rows(f"{SUBCOMMANDS[args.subcommand]} ({args.threads} threads)", rows)
     if args.json:
         write_rows(args.json, rows)

@@ -8,4 +8,5 @@ if [ "${1:-}" = "--all" ]; then
     marks=()
     shift
 fi
-exec python -m pytest "${marks[@]}" "$@"
+# a file's tests share their process groups, so files are what two processes deal out between them
+exec python -m pytest -n 2 --dist loadfile "${marks[@]}" "$@"

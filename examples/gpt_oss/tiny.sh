@@ -18,7 +18,7 @@ python tools/surgery.py export hf "$out/pretrained/model" "$out/published"
 bash examples/gpt_oss/import.sh "$out/published" "$out/imported" --widths "${WIDTHS:-32,64,128,256}" \
     --tokenizer "$data/tokenizer.model"
 bash examples/gpt_oss/graft.sh "$out/imported" "$out/hybrid" --pattern "(EEM)x2" --mamba-head-dim 32
-small="$small --checkpoint.interval $steps --train.activation_checkpointing false"
+small="$small --checkpoint.interval $steps --train.activation_checkpointing false ${RUN_SETTINGS:-}"
 RANKS=2 bash examples/gpt_oss/phase.sh 1 "$out/hybrid" "$data" "$out/phase1" $small
 RANKS=2 bash examples/gpt_oss/phase.sh 2 "$out/phase1/model" "$data" "$out/phase2" $small --optimizer.lr 0.001
 python tools/generate.py --model "$out/phase2/model" --prompt "def " --max-new-tokens 40

@@ -35,29 +35,32 @@ from megatron_adamba.parallel.topology import ENDS
 
 
 class _Carry(torch.autograd.Function):
-    """The residual stream as it is; on the way back `loss` gets the gradient `scale`, and `anchor` zeros.
+    """x as it is; on the way back `loss` gets the gradient `scale`, and each of `idle` zeros.
 
     One float tensor travels between stages, so a stage's own losses start their backward where that of the stream
-    passes; the anchor makes a stage whose parameters are all frozen take part in backward.
+    passes. With idle parameters a stage whose own are all frozen takes part in backward, and DeepSpeed, which expects
+    a gradient of every optimizer group, finds one.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale, ctx.like = scale, (anchor.new_zeros(anchor.shape), loss.new_ones(loss.shape))
+    def forward(ctx, x: Tensor, loss: Tensor, scale: float, *idle: Tensor) -> Tensor:
+        ctx.grads = (torch.full_like(loss, scale), None, *(torch.zeros_like(parameter) for parameter in idle))
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        zeros, ones = ctx.like
-        return grad, zeros, ones * ctx.scale, None
+        return grad, *ctx.grads
 
 
 class ChunkRunner:
     """What this rank does with each pass of each micro-batch: plans and data are known to every stage beforehand, and a
     schedule brings the passes to every chunk in their order."""
 
-    def __init__(self, model: AdambaModel, stages: StagePlan, pp_rank: int, defers: bool, anchor: nn.Parameter) -> None:
-        self.model, self.defers, self.anchor = model, defers, anchor
+    def __init__(
+        self, model: AdambaModel, stages: StagePlan, pp_rank: int, defers: bool, idle: Sequence[nn.Parameter]
+    ) -> None:
+        """idle: parameters that take part in every pass with a gradient of zero, one at least."""
+        self.model, self.defers, self.idle = model, defers, idle
         self.chunks = {number: stages.chunks[number] for number in stages.numbers_of(pp_rank)}
         self.micro_steps: list[MicroStep] = []
         self.forwards: dict[int, int] = {}
@@ -69,7 +72,7 @@ class ChunkRunner:
     def begin(self, micro_steps: list[MicroStep]) -> None:
         self.micro_steps, self.loads, self.taps = micro_steps, {}, []
         self.forwards = dict.fromkeys(self.chunks, 0)
-        self.losses = torch.zeros(len(micro_steps), device=self.anchor.device)
+        self.losses = torch.zeros(len(micro_steps), device=self.idle[0].device)
 
     def run(self, number: int, x: Tensor) -> Tensor:
         """The next pass through a chunk: [batch, seq, hidden_size] in and out, a scalar loss behind the head. The
@@ -94,10 +97,10 @@ class ChunkRunner:
             self.losses[index] += out.detach().float()
             if taps is not None:
                 self.taps.append(taps)
-            return out + own
+            return _Carry.apply(out + own, own.detach(), 0.0, *self.idle)
         if taps is not None:
             out = taps.pack(out)
-        return _Carry.apply(out, self.anchor, own, 1 / len(self.micro_steps))
+        return _Carry.apply(out, own, 1 / len(self.micro_steps), *self.idle)
 
 
 class _StagesMixin:
@@ -156,7 +159,8 @@ class PipelineSession(TrainingSession):
 
     def _build_engine(self, model: AdambaModel, ds_config: dict[str, Any]) -> PipelineEngine:
         topology, stages = self.topology, self.stages
-        self.runner = ChunkRunner(model, stages, topology.place("pp"), self.defers, self._fillers[-1])
+        idle = [parameter for parameter in self._fillers if parameter.requires_grad]
+        self.runner = ChunkRunner(model, stages, topology.place("pp"), self.defers, idle)
         layers = [partial(self.runner.run, number) for number in range(stages.num_chunks)]
         folded = stages.schedule != "1f1b"
         # each tensor-parallel rank sends a part of the stream where all hold the same
@@ -184,7 +188,8 @@ class PipelineSession(TrainingSession):
         used = {id(parameter): group["moe"] for group in groups for parameter in group["params"]}
         for filler in self._fillers[:-1]:
             filler.requires_grad_(id(filler) in used)
-            if used.get(id(filler)):
+            # DeepSpeed knows groups of experts on stages that have some
+            if used.get(id(filler)) and any(spec.group == "expert" for spec in self.specs):
                 mark_expert(filler, self.topology)
         return groups
 

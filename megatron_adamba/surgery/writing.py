@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_adamba.checkpoint.aside import clear_leftovers
 from megatron_adamba.checkpoint.canonical import write_canonical
 from megatron_adamba.checkpoint.shards import TensorInfo, plan_shards
 from megatron_adamba.errors import ConfigError, StorageError
+from megatron_adamba.ops.host_memory import keep_freed_pages
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,21 @@ def write_job(job: Job, folder: Path, max_shard_bytes: int, report: Report) -> N
     Raises ConfigError where the folder exists, StorageError where the disk is too small or refuses.
     """
     prepare_target(folder, job.num_bytes)
-    write_canonical(folder, job.config, _made(job, report), job.files, max_shard_bytes, job.infos, job.history)
+    with at_the_pace_of_the_disk():
+        write_canonical(folder, job.config, _made(job, report), job.files, max_shard_bytes, job.infos, job.history)
+
+
+@contextmanager
+def at_the_pace_of_the_disk() -> Iterator[None]:
+    """One thread, as more would only wait for each other between two writes, and memory that the kernel clears once and
+    not again for every tensor."""
+    threads = torch.get_num_threads()
+    keep_freed_pages()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _made(job: Job, report: Report) -> Iterator[tuple[str, Tensor]]:

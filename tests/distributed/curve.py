@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -188,9 +187,8 @@ def ds_settings(stage: int, offload: bool, bf16: bool) -> dict[str, Any]:
     return settings
 
 
-@functools.cache
 def topology_of(tp: int, sp: bool, ep: int = 1, pp: int = 1) -> Topology:
-    """Of all ranks of this group; kept, as process groups live long."""
+    """Of all ranks of this group."""
     return build_topology(RankGrid(dist.get_world_size(), tp, pp, ep), sp)
 
 

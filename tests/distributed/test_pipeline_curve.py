@@ -71,7 +71,7 @@ def test_two_ranks(workers, arguments, ranks, layout):
         (EXPERTS, {"pp": 2}),
         (EXPERTS, {"pp": 2, "ep": 2}),
         (EXPERTS, {"pp": 2, "tp": 2, "ep": 2}),
-        (EXPERTS, {"pp": 2, "ep": 2, **FOLDED}),
+        (EXPERTS | {"sampling": "sandwich"}, {"pp": 2, "ep": 2, **FOLDED}),
         (HYBRID, {"pp": 2, "tp": 2, **FOLDED}),
     ],
 )
