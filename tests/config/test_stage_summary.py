@@ -34,5 +34,7 @@ def test_the_script_prints_them():
     words += ["--model.block_pattern", "TM|TMTM"]
     done = subprocess.run([sys.executable, str(ROOT / "pretrain_adamba.py"), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "pipeline of 2 stages, 1f1b" in done.stdout and "embedding, 0-1" in done.stdout and "2-5, head" in done.stdout
+    assert (
+        "pipeline of 2 stages, 1f1b" in done.stdout and "embedding, 0-1" in done.stdout and "2-5, head" in done.stdout
+    )
     assert "expected bubble 11.1% with 8 passes a step and equal stages" in done.stdout

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
+
+PR_SET_PDEATHSIG = 1
+"""Linux's prctl(2): a signal for when the parent ends"""
 
 
 def clean_up(kept: set) -> None:
@@ -29,6 +34,8 @@ def clean_up(kept: set) -> None:
 
 
 def main() -> None:
+    # between jobs the ranks are stopped, and would outlive tests that are killed
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # libraries print to stdout; answers need a pipe of their own
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
