@@ -18,7 +18,7 @@ from megatron_adamba.checkpoint.offline import (
 )
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import TOKENIZER_FILES
-from megatron_adamba.errors import CheckpointError
+from megatron_adamba.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,27 @@ def open_canonical(folder: Path) -> CanonicalSource:
     opened = open_checkpoint(folder)
     config, _ = check_weights(opened)
     return CanonicalSource(opened, config)
+
+
+def require_whole(config: ModelConfig, folder: Path, operation: str) -> None:
+    """For operations that take the widest row of the nest for all there is. Raises ConfigError with a way out."""
+    hidden, widest = config.hidden_size, config.nest[-1]
+    if config.layer_widths is not None or widest.width != hidden:
+        raise ConfigError(
+            f"{folder}: was extracted, and some of its blocks are narrower than its {hidden} channels; {operation} the "
+            f"model that it comes from"
+        )
+    unused = [
+        f"{name} {used} of {there}"
+        for name, used, there in (
+            ("kv_groups", widest.kv_groups, config.num_kv_groups),
+            ("ffn", widest.ffn, config.ffn_size),
+            ("expert_ffn", widest.expert_ffn, config.expert_ffn_size if "E" in config.block_pattern else 0),
+        )
+        if used < there
+    ]
+    if unused:
+        raise ConfigError(
+            f"{folder}: its full width leaves units unused ({', '.join(unused)}); take them out first: "
+            f"tools/surgery.py extract {folder} DST --width {hidden}"
+        )

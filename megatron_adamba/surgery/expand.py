@@ -14,7 +14,7 @@ from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.model.init import initial_tensor
-from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
+from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical, require_whole
 from megatron_adamba.surgery.expand_config import ADD_HEADS, Sizes, grown_config
 from megatron_adamba.surgery.growth import copy_kept, fill_low_rank, silence
 from megatron_adamba.surgery.writing import Job, PlannedTensor
@@ -44,6 +44,7 @@ def expand(source: Path, hidden_size: int, heads: str, noise: Noise, sizes: Size
     Raises CheckpointError, ConfigError.
     """
     old = open_canonical(source)
+    require_whole(old.config, source, "expand")
     config = grown_config(old.config, hidden_size, heads, sizes)
     specs = {spec.name: spec for spec in manifest(old.config)}
     growth = _Growth(old, config, growth_of(old.config, config), noise)

@@ -32,8 +32,6 @@ def grown_config(old: ModelConfig, hidden: int, heads: str, sizes: Sizes) -> Mod
     if hidden <= old.hidden_size:
         raise ConfigError(f"--hidden {hidden}: the source has {old.hidden_size} already; give more, for example "
                           f"--hidden {old.hidden_size + old.hidden_size // 4}")  # fmt: skip
-    if old.nest[-1].width != old.hidden_size:
-        raise ConfigError("SRC: was extracted at a width below its hidden size; expand the model it comes from")
     changes = _with_more_heads(old, hidden, sizes) if heads == ADD_HEADS else _with_larger_heads(old, hidden, sizes)
     if "T" in old.block_pattern or old.mamba_use_mlp:
         changes["ffn_size"] = _grown_rows("--ffn-size", old.ffn_size, sizes.ffn_size, old, hidden)

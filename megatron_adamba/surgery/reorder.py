@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatron_adamba.data.loader import MicroBatch
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.surgery.calibration import Calibration
-from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
+from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical, require_whole
 from megatron_adamba.surgery.importance import Importance, measure
 from megatron_adamba.surgery.narrow_importance import measure_narrow
 from megatron_adamba.surgery.permutation import Order, random_order
@@ -56,6 +56,7 @@ def reorder(
     Raises CheckpointError, ConfigError.
     """
     old = open_canonical(source)
+    require_whole(old.config, source, "reorder")
     if len(old.config.nest) == 1:
         raise ConfigError(f"{source}: has one width alone ({old.config.widths[0]}), for which no order is better")
     model = AdambaModel(old.config, device="meta").to_empty(device="cpu").requires_grad_(False).eval()
@@ -70,6 +71,7 @@ def reorder(
 def shuffle(source: Path, seed: int) -> Job:
     """Plan the same model in a random order: what an order by importance has to beat. Raises CheckpointError."""
     old = open_canonical(source)
+    require_whole(old.config, source, "reorder")
     return _job(old, source, random_order(old.config, seed), {"random": seed}, "in a random order")
 
 
@@ -77,7 +79,11 @@ def _job(old: CanonicalSource, source: Path, order: Order, arguments: dict[str, 
     plan = tuple(_planned(old, spec, order) for spec in manifest(old.config))
     history = extended_history(source, "reorder", arguments, "canonical")
     promise = f"the logits are the source's at full width; {result}"
-    return Job(plan, old.opened.config, history, promise, old.tokenizer_files())
+    values = old.opened.config
+    if order != Order(old.config.head_dim):
+        # old places of an earlier expansion no longer come first, so there is no telling old from new by sizes
+        values = {**values, "model": asdict(replace(old.config, expanded_from=None))}
+    return Job(plan, values, history, promise, old.tokenizer_files())
 
 
 def chosen_order(

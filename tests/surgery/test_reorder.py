@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from surgery.test_expand import GROWING, logits, source_model
+from surgery.test_expand import GROWING, expanded, logits, source_model
 from surgery.test_graft import load, saved
 
+from megatron_adamba.config.model import NestRow
 from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
 from megatron_adamba.data.indexed_dataset import IndexedDataset
 from megatron_adamba.data.loader import to_micro_batch
@@ -258,3 +259,30 @@ def test_a_random_order_for_comparison(tmp_path, surgery_tool):
     assert not torch.equal(new.embedding.weight, model.embedding.weight)
     _, err = surgery_tool("reorder", folder, tmp_path / "c", code=2)
     assert "takes --data PREFIX" in err and "--random SEED" in err
+
+
+def test_after_an_expansion_old_and_new_weights_are_mixed(tmp_path):
+    """Phase 3 tells them apart by places, which an order moves."""
+    folder = expanded(saved(source_model("T"), tmp_path / "a"), tmp_path / "b", 48)
+    assert open_canonical(folder).config.expanded_from["hidden_size"] == 32
+    write_job(shuffle(folder, 3), tmp_path / "c", 60_000, lambda *_: None)
+    assert open_canonical(tmp_path / "c").config.expanded_from is None
+
+
+@pytest.mark.parametrize("operation", ["reorder", "expand"])
+def test_what_is_not_whole_is_refused(tmp_path, surgery_tool, operation):
+    """A narrow part of a model, and a nest whose last row leaves units unused; extracting that row is a way out."""
+    words = {"reorder": ("--random", 1), "expand": ("--hidden", 64)}[operation]
+    whole, part = saved(source_model("T"), tmp_path / "a"), tmp_path / "part"
+    surgery_tool("extract", whole, part, "--width", 16)
+    _, err = surgery_tool(operation, part, tmp_path / "b", *words, code=2)
+    assert f"was extracted, and some of its blocks are narrower than its 32 channels; {operation} the model" in err
+    rows = [NestRow(16, 16, 1, 64), NestRow(32, 32, 1, 112)]
+    uneven = saved(source_model("T", widths=None, nest=rows), tmp_path / "uneven")
+    _, err = surgery_tool(operation, uneven, tmp_path / "b", *words, code=2)
+    assert "leaves units unused (kv_groups 1 of 2, ffn 112 of 128)" in err and "extract" in err
+    surgery_tool("extract", uneven, tmp_path / "even", "--width", 32)
+    want = logits(load(uneven), 32)
+    surgery_tool(operation, tmp_path / "even", tmp_path / "b", *words)
+    new = load(tmp_path / "b")
+    assert (logits(new, new.config.hidden_size) - want).abs().max() <= 1e-5 * max(want.abs().max(), 1)
