@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,12 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine, DualPipeVModule
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megatron_adamba.blueprint.manifest import ParamSpec
@@ -127,15 +122,20 @@ class _StagesMixin:
         return [(self.model.embedding.weight, self.tied_group)]
 
 
-class Stages(_StagesMixin, PipelineModule):
-    """One chunk to a rank."""
+def _deepspeeds(name: str) -> Any:
+    """A module of DeepSpeed, which is imported when a session is made and not before."""
+    return importlib.import_module(f"deepspeed.runtime.{name}")
 
 
-class FoldedStages(_StagesMixin, DualPipeVModule):
-    """Two chunks to a rank, one from each end."""
+def _classes(folded: bool) -> tuple[type, type]:
+    """Module and engine: one chunk to a rank, or folded, two to a rank, one from each end."""
+    schedule, plain = _deepspeeds("pipe.schedule"), _deepspeeds("pipe.engine").PipelineEngine
+    module = _deepspeeds("pipe.dualpipev").DualPipeVModule if folded else _deepspeeds("pipe.module").PipelineModule
+    base = _deepspeeds("pipe.dualpipev").DualPipeVEngine if folded else plain
 
+    class Stages(_StagesMixin, module):
+        """This rank's chunks."""
 
-def _guarded(base: type[PipelineEngine]) -> type[PipelineEngine]:
     class GuardedEngine(base):
         """Calls `before_step` of its module right before the optimizer's step."""
 
@@ -145,7 +145,7 @@ def _guarded(base: type[PipelineEngine]) -> type[PipelineEngine]:
 
         _INSTRUCTION_MAP: ClassVar = {**base._INSTRUCTION_MAP, schedule.OptimizerStep: _exec_guarded_step}
 
-    return GuardedEngine
+    return Stages, GuardedEngine
 
 
 class PipelineSession(TrainingSession):
@@ -157,7 +157,7 @@ class PipelineSession(TrainingSession):
         self._fillers = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(9))
         super().__init__(model, *args)
 
-    def _build_engine(self, model: AdambaModel, ds_config: dict[str, Any]) -> PipelineEngine:
+    def _build_engine(self, model: AdambaModel, ds_config: dict[str, Any]) -> Any:
         topology, stages = self.topology, self.stages
         idle = [parameter for parameter in self._fillers if parameter.requires_grad]
         self.runner = ChunkRunner(model, stages, topology.place("pp"), self.defers, idle)
@@ -166,18 +166,21 @@ class PipelineSession(TrainingSession):
         # each tensor-parallel rank sends a part of the stream where all hold the same
         part = topology.size("tp") > 1 and not topology.sequence_parallel and not folded
         ds_config = ds_config | {"pipeline": {"pipe_partitioned": part, "grad_partitioned": part}}
-        ranks = PipeModelDataParallelTopology(topology.size("pp"), topology.size("tp"), topology.size("dp"))
+        ranks = _deepspeeds("pipe.topology").PipeModelDataParallelTopology(
+            topology.size("pp"), topology.size("tp"), topology.size("dp")
+        )
+        make_module, make_engine = _classes(folded)
         with contextlib.redirect_stdout(io.StringIO()) as chatter:
-            module = (FoldedStages if folded else Stages)(layers, topology=ranks, partition_method="uniform")
+            module = make_module(layers, topology=ranks, partition_method="uniform")
             module.hold(model, self._fillers, self._tied_group(model), self._before_step)
             mpu = module.mpu()
-            engine = _guarded(DualPipeVEngine if folded else PipelineEngine)(
+            engine = make_engine(
                 args=None,
                 model=module,
                 optimizer=self.optimizer,
                 mpu=mpu,
                 config=ds_config,
-                config_class=DeepSpeedConfig(ds_config, mpu),
+                config_class=_deepspeeds("config").DeepSpeedConfig(ds_config, mpu),
             )
         logging.getLogger("megatron_adamba").info("DeepSpeed: %s", " | ".join(chatter.getvalue().split("\n")))
         return engine

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-
-from deepspeed.runtime.pipe import schedule
 
 from megatron_adamba.blueprint.stages import StagePlan
 
@@ -60,7 +59,8 @@ def replay(stages: StagePlan, micro_steps: int, forward: Sequence[float], backwa
 
 
 def _commands(stages: StagePlan, micro_steps: int, rank: int) -> Iterator:
-    kind = schedule.TrainSchedule if stages.schedule == "1f1b" else schedule.DualPipeVSchedule
+    schedules = importlib.import_module("deepspeed.runtime.pipe.schedule")
+    kind = schedules.TrainSchedule if stages.schedule == "1f1b" else schedules.DualPipeVSchedule
     for step in kind(micro_batches=micro_steps, stages=stages.pp, stage_id=rank):
         yield from step
 
@@ -72,28 +72,28 @@ def _execute(
     chunk = rank.stages.numbers_of(rank.number)[command.kwargs.get("phase", 0)]
     # a message's name: what it is, the chunk that sends it, and how many came before
     name = {
-        schedule.SendActivation: ("activation", chunk),
-        schedule.RecvActivation: ("activation", chunk - 1),
-        schedule.SendGrad: ("gradient", chunk),
-        schedule.RecvGrad: ("gradient", chunk + 1),
-    }.get(type(command))
+        "SendActivation": ("activation", chunk),
+        "RecvActivation": ("activation", chunk - 1),
+        "SendGrad": ("gradient", chunk),
+        "RecvGrad": ("gradient", chunk + 1),
+    }.get(command.name)
     at_once = rank.stages.schedule == "1f1b"
-    if isinstance(command, schedule.ForwardPass):
+    if command.name == "ForwardPass":
         _work(rank, forward[chunk])
         rank.in_flight[chunk] += 1
         if rank.in_flight.total() > sum(rank.peak.values()):
             rank.peak = dict(rank.in_flight)
-    elif isinstance(command, schedule.BackwardPass):
+    elif command.name == "BackwardPass":
         _work(rank, backward[chunk])
         rank.in_flight[chunk] -= 1
-    elif isinstance(command, (schedule.SendActivation, schedule.SendGrad)):
+    elif command.name in ("SendActivation", "SendGrad"):
         key = (*name, _count(rank, command, chunk))
         if at_once:
             sent[key] = rank.clock
         else:
             rank.queued_sends.append(key)
-    elif isinstance(command, (schedule.RecvActivation, schedule.RecvGrad)):
-        key = (*name, rank.counts[type(command), chunk])
+    elif command.name in ("RecvActivation", "RecvGrad"):
+        key = (*name, rank.counts[command.name, chunk])
         if at_once and key not in sent:
             return False
         _count(rank, command, chunk)
@@ -101,7 +101,7 @@ def _execute(
             rank.clock = max(rank.clock, sent[key])
         else:
             rank.queued_receives.append(key)
-    elif isinstance(command, schedule.CommitP2P):
+    elif command.name == "CommitP2P":
         for key in rank.queued_sends:
             sent[key] = rank.clock
         rank.queued_sends = []
@@ -119,5 +119,5 @@ def _work(rank: _Rank, time: float) -> None:
 
 def _count(rank: _Rank, command, chunk: int) -> int:
     """How many such commands came before this one."""
-    rank.counts[type(command), chunk] += 1
-    return rank.counts[type(command), chunk] - 1
+    rank.counts[command.name, chunk] += 1
+    return rank.counts[command.name, chunk] - 1

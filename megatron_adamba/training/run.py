@@ -28,6 +28,7 @@ from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.launch import RankInfo
 from megatron_adamba.engine.old_weights import slow_old_weights
+from megatron_adamba.engine.pipeline import PipelineSession
 from megatron_adamba.engine.session import TrainingSession
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.adamba import AdambaModel
@@ -133,9 +134,6 @@ def _build_session(plan: RunPlan, model: AdambaModel, rank_info: RankInfo, topol
     arguments = (model, model.specs, plan.config.optimizer, plan.ds_config, rank_info, topology)
     if plan.grid.pp == 1:
         return TrainingSession(*arguments)
-    # DeepSpeed, which this module imports, must be set up first
-    from megatron_adamba.engine.pipeline import PipelineSession
-
     frozen = frozen_specs(plan.specs, plan.config.train.freeze, plan.config.train.phase)
     elsewhere = [spec for spec in plan.specs if spec not in frozen and spec not in model.specs]
     return PipelineSession(*arguments, stages=plan.stages, elsewhere=elsewhere)
