@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
@@ -16,6 +14,7 @@ from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.requested import requested_plan
+from megatron_adamba.surgery.sources import TensorFolder
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 _PROMISE = "the logits are the source's at the same widths"
@@ -34,7 +33,8 @@ def extract(
     old = open_canonical(source)
     plan = requested_plan(old.config, source, width, widths, exit_layer)
     config = _extracted_config(old.config, plan)
-    tensors = tuple(_leading(spec, old) for spec in manifest(config))
+    folder = TensorFolder(source)
+    tensors = tuple(_leading(spec, old, folder) for spec in manifest(config))
     values = {**old.opened.config, "model": asdict(config)}
     arguments = {"widths": list(plan.widths[: plan.exit_layer]), "exit_layer": plan.exit_layer}
     history = extended_history(source, "extract", arguments, "canonical")
@@ -71,18 +71,13 @@ def _extracted_config(old: ModelConfig, plan: ElasticPlan) -> ModelConfig:
     return resolve_model(config)
 
 
-def _leading(spec: ParamSpec, old: CanonicalSource) -> PlannedTensor:
+def _leading(spec: ParamSpec, old: CanonicalSource, folder: TensorFolder) -> PlannedTensor:
     """Widths and units nest, and blocks are left out at the end alone: every tensor is the beginning of its namesake,
     along every axis."""
     whole = old.opened.weights[spec.name].shape
     origin = spec.name if whole == spec.shape else f"{spec.name}, the beginning of {list(whole)}"
-    return PlannedTensor(
-        spec.name, spec.shape, old.dtype(spec.name), origin, partial(_read_leading, old, spec.name, spec.shape)
-    )
-
-
-def _read_leading(old: CanonicalSource, name: str, shape: tuple[int, ...]) -> Tensor:
-    return old.read(name)[tuple(slice(size) for size in shape)].contiguous()
+    read = partial(folder.leading, spec.name, spec.shape)
+    return PlannedTensor(spec.name, spec.shape, old.dtype(spec.name), origin, read)
 
 
 def _promise(old: ModelConfig, plan: ElasticPlan) -> str:

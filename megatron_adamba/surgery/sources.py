@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,8 @@ from megatron_adamba.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "uint8"}
+_PIECE = 2**24
+"""bytes that are read at once, or those of one row"""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -27,6 +33,8 @@ class Entry:
 
     path: Path
     info: TensorInfo
+    start: int
+    """first byte in the file"""
 
 
 class TensorFolder:
@@ -40,10 +48,10 @@ class TensorFolder:
         places = _read_index(folder)
         self.entries: dict[str, Entry] = {}
         for path in _tensor_files(folder, places):
-            for name, info in _read_infos(path):
+            for name, info, start in _read_infos(path):
                 if name in self.entries:
                     raise CheckpointError(f"{path}: tensor {name} is in {self.entries[name].path.name} too")
-                self.entries[name] = Entry(path, info)
+                self.entries[name] = Entry(path, info, start)
         for name, file in (places or {}).items():
             if name not in self.entries or self.entries[name].path.name != file:
                 raise CheckpointError(f"{folder / file}: has no tensor {name}, though the index says so")
@@ -61,6 +69,39 @@ class TensorFolder:
                 return stream.get_slice(name)[start:stop]
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
+
+    def leading(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """tensor[:shape[0], :shape[1], ...]. Rows that are left out are not read, not even ahead: of a part of a large
+        checkpoint, reading is most of the work."""
+        entry = self.entries[name]
+        out = torch.empty(shape, dtype=entry.info.dtype)
+        if out.dim() == 1:
+            return out.copy_(self.read(name)[: shape[0]])
+        *outer, all_rows, columns = entry.info.shape
+        row = columns * out.element_size()
+        most = max(1, _PIECE // row)
+        buffer = torch.empty(min(most, shape[-2]) * row, dtype=torch.uint8)
+        with open(entry.path, "rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            for place in itertools.product(*map(range, shape[:-2])):
+                matrix = sum(index * math.prod(outer[axis + 1 :]) for axis, index in enumerate(place))
+                for first in range(0, shape[-2], most):
+                    rows = min(most, shape[-2] - first)
+                    part = buffer[: rows * row]
+                    _read_exactly(stream, part, entry.start + (matrix * all_rows + first) * row)
+                    wanted = part.view(out.dtype).view(rows, columns)[:, : shape[-1]]
+                    out[place][first : first + rows] = wanted
+        return out
+
+
+def _read_exactly(stream: io.RawIOBase, buffer: Tensor, start: int) -> None:
+    """Fill a tensor of bytes. Raises CheckpointError where the file ends before."""
+    view = memoryview(buffer.numpy())
+    while view:
+        count = os.preadv(stream.fileno(), [view], start)
+        if count == 0:
+            raise CheckpointError(f"{stream.name}: ends in the middle of a tensor; restore the file")
+        view, start = view[count:], start + count
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,14 +160,24 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})")
 
 
-def _read_infos(path: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """From the header, which the library compares with the size of the file."""
+def _read_infos(path: Path) -> Iterator[tuple[str, TensorInfo, int]]:
+    """From the header, which the library compares with the size of the file; the last is a tensor's first byte."""
     try:
         with safe_open(path, framework="pt") as stream:
+            starts = _starts(path)
             for name in sorted(stream.keys()):
                 part = stream.get_slice(name)
                 if part.get_dtype() not in DTYPES:
                     raise CheckpointError(f"{path}: {name} is {part.get_dtype()}; one of {', '.join(DTYPES)} is read")
-                yield name, TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()])
+                yield name, TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()]), starts[name]
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from None
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Name -> first byte in a file whose header the library has read: 8 bytes of its length (little-endian), the header
+    in JSON, the tensors (github.com/huggingface/safetensors, README)."""
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}

@@ -17,7 +17,6 @@ from megatron_adamba.checkpoint.aside import clear_leftovers
 from megatron_adamba.checkpoint.canonical import write_canonical
 from megatron_adamba.checkpoint.shards import TensorInfo, plan_shards
 from megatron_adamba.errors import ConfigError, StorageError
-from megatron_adamba.ops.host_memory import keep_freed_pages
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,8 @@ def write_job(job: Job, folder: Path, max_shard_bytes: int, report: Report) -> N
 
 @contextmanager
 def at_the_pace_of_the_disk() -> Iterator[None]:
-    """One thread, as more would only wait for each other between two writes, and memory that the kernel clears once and
-    not again for every tensor."""
+    """One thread, as more would only wait for each other between two writes."""
     threads = torch.get_num_threads()
-    keep_freed_pages()
     torch.set_num_threads(1)
     try:
         yield
