@@ -33,8 +33,8 @@ class Entry:
 
     path: Path
     info: TensorInfo
-    start: int
-    """first byte in the file"""
+    start: int = 0
+    """first byte in the file, of those that can be read in parts"""
 
 
 class TensorFolder:
