@@ -17,10 +17,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_adamba", "megatron_adamba.*"]),
-    package_data={"megatron_adamba.config": ["presets/*.yaml"]},
+    package_data={"megatron_adamba.config": ["presets/*.yaml"], "megatron_adamba.inference.serving": ["*.html"]},
     install_requires=[
         "torch>=2.9",
         "deepspeed==0.19.8",
+        "fastapi>=0.115",
         "jsonargparse[signatures]>=4.53,<5",
         "matplotlib>=3.9",
         "numpy>=1.26",
@@ -31,11 +32,15 @@ setup(
         "tensorboard>=2.16",
         "tiktoken>=0.8",
         "tokenizers>=0.20",
+        "uvicorn>=0.30",
     ],
     extras_require={
         "test": [
             "einops>=0.8",
             "hypothesis>=6.100",
+            "lm_eval==0.4.13",
+            "openai>=2",
+            "PyQt6-WebEngine>=6.11",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -6,15 +6,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 run=runs/quickstart
 data=$run/data
-ranks=2
-threads=
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then
-    ranks=$(nvidia-smi --list-gpus | wc -l)
-    [ "$ranks" -le 2 ] || ranks=2
-else
-    # the cores are shared by the two ranks; left alone, each would take them all
-    threads="env DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(( ($(nproc) + 1) / 2 ))"
-fi
+. examples/ranks.sh
 
 # what an earlier quickstart left would be in the way of a fresh start
 rm -rf $run/checkpoints $run/model

@@ -1,6 +1,6 @@
 """Measure this project beside its peers: the same weights, dtype and threads, outputs compared before anything counts.
 
-python tools/benchmark.py nested|train|blocks|mixer|moe|tp|pipeline|surgery [--json FILE] [--quick]
+python tools/benchmark.py nested|train|blocks|mixer|moe|tp|pipeline|decode|surgery [--json FILE] [--quick]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "moe": "a mixture-of-experts layer, beside transformers' experts and DeepSpeed's MoE",
     "tp": "layers over two ranks, their units dealt out in turn, beside the same layers split into halves",
     "pipeline": "pipelines of two stages as they run, of four and eight replayed, cut by cost and into equal counts",
+    "decode": "the modes of one model and its own choices, beside transformers generating; T and M at long contexts",
     "surgery": "operations on a synthetic checkpoint, beside cp plus fsync of the files that they write",
 }
 

@@ -1,6 +1,8 @@
-"""Loss of a trained model at every width, as a table and a picture.
+"""Loss of a trained model at every width, as a table and a picture; with its own choices beside them where asked.
 
 python tools/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/validation
+python tools/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/validation --adaptive
+python tools/evaluate.py --model runs/difficulty/model --items runs/difficulty/data/heldout-hard.jsonl --adaptive
 """
 
 from __future__ import annotations
@@ -14,18 +16,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_adamba.config.script import run_script
+from megatron_adamba.errors import ConfigError
 from megatron_adamba.files import write_atomically
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a canonical checkpoint, e.g. RUN/model")
-    parser.add_argument("--data", required=True, help="prefix of the validation dataset")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="prefix of the validation dataset")
+    source.add_argument("--items", type=Path, help='with --adaptive: lines of {"prompt", "answer"}')
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
     parser.add_argument("--max-tokens", type=int, help="only the first documents up to so many tokens")
     parser.add_argument("--dtype", default="bf16", help="bf16 | fp32")
     parser.add_argument("--exits", action="store_true", help="full width up to each layer, too")
+    parser.add_argument("--adaptive", action="store_true", help="fixed widths, fixed exits and the model's own choices")
+    parser.add_argument("--exit-threshold", type=float, nargs="+", default=[0.95], help="adaptive: each is a row")
+    parser.add_argument("--energy-price", type=float, nargs="+", help="adaptive: each is a row; without, by lookup")
+    parser.add_argument("--expand-cost", type=float, default=0.5, help="adaptive: expected nats above which it widens")
+    parser.add_argument("--full-width", action="store_true", help="adaptive: exits alone, the estimator is not asked")
+    parser.add_argument("--fixed-exits", type=int, default=6, help="adaptive: exits at full width to compare with")
     parser.add_argument("--plot", metavar="FILE", help="picture: bits per byte against active FLOPs per token")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
     return parser.parse_args(words)
@@ -33,6 +44,13 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int:
     args = parse(words)
+    if args.adaptive:
+        from inference_commands.policies import evaluate_policies
+
+        evaluate_policies(args)
+        return 0
+    if args.data is None:
+        raise ConfigError("--items: is read with --adaptive alone; add it, or give --data")
 
     from rich.console import Console
 

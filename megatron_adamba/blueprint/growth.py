@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_adamba.blueprint.manifest import ParamSpec, mamba1_dt_rank, manifest
+from megatron_adamba.blueprint.gates import stored_manifest
+from megatron_adamba.blueprint.manifest import ParamSpec, mamba1_dt_rank
 from megatron_adamba.blueprint.nest import copy_rows
 from megatron_adamba.config.model import ModelConfig
 
@@ -66,8 +67,8 @@ def before_expansion(config: ModelConfig) -> ModelConfig | None:
 
 def growth_of(old: ModelConfig, new: ModelConfig) -> dict[str, tuple[AxisGrowth, ...]]:
     """By parameter, which all have the same names in both: how each of its axes grew."""
-    before = {spec.name: spec for spec in manifest(old)}
-    return {spec.name: _axes(old, new, before[spec.name], spec) for spec in manifest(new)}
+    before = {spec.name: spec for spec in stored_manifest(old)}
+    return {spec.name: _axes(old, new, before[spec.name], spec) for spec in stored_manifest(new)}
 
 
 def _axes(old: ModelConfig, new: ModelConfig, before: ParamSpec, after: ParamSpec) -> tuple[AxisGrowth, ...]:

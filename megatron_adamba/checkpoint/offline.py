@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_adamba.blueprint.degrees import legal_tp_degrees, obstacle
-from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.gates import stored_manifest
+from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.canonical import (
     CONFIG_FILE,
@@ -152,13 +153,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def described_model(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[ParamSpec, ...]]:
-    """The model that a checkpoint says it holds, and its manifest. Raises CheckpointError."""
+    """The model that a checkpoint says it holds, and its parameters, those of gates too. Raises CheckpointError."""
     source = str(checkpoint.folder / (STATE_FILE if checkpoint.kind == TRAINING else CONFIG_FILE))
     if not isinstance(checkpoint.config.get("model"), dict):
         raise CheckpointError(f"{source}: has no `model` section, so there is no telling what the tensors should be")
     try:
         model = resolve_model(model_config_from_dict(checkpoint.config["model"], source))
-        return model, manifest(model)
+        return model, stored_manifest(model)
     except ConfigError as error:
         raise CheckpointError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:

@@ -200,8 +200,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_fragments(folder: Path, fragments: dict[str, Fragment]) -> list[str]:
-    """Fill this rank's fragments, which must all be in the checkpoint with their shapes.
+def load_fragments(folder: Path, fragments: dict[str, Fragment], alone: bool = False) -> list[str]:
+    """Fill this rank's fragments, which must all be in the checkpoint with their shapes. Every rank of the job calls it
+    at the same time, unless this one reads `alone`.
 
     Returns names that the checkpoint holds and nobody asked for. Raises CheckpointError before anything is written.
     """
@@ -216,7 +217,7 @@ def load_fragments(folder: Path, fragments: dict[str, Fragment]) -> list[str]:
                 f"{folder}: {name} has shape {tuple(held[name].size)}, the model's is {tuple(fragment.shape)}"
             )
     try:
-        dcp.load(fragments, storage_reader=reader)
+        dcp.load(fragments, storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
         first = next(iter(error.failures.values()))[0]
         raise CheckpointError(f"{folder}: cannot be read ({' '.join(str(first).split())[:200]})") from None

@@ -15,12 +15,21 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_adamba.config.depth import REASONS, derive_from_depth
 from megatron_adamba.config.model import NestRow
-from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config
+from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import nearest
 from megatron_adamba.errors import ConfigError
 
 _DEPTH = "depth"
 _INIT_FROM = "checkpoint.init_from"
+_OF_GATES = (
+    "gates.target",
+    "gates.tau",
+    "gates.predictor",
+    "gates.regret_scale",
+    "gates.prompt_tokens",
+    "elastic.min_exit_layer",
+)
+"""what says how a model's gates are to be read"""
 
 
 @dataclass
@@ -182,11 +191,20 @@ def _file_values(path: str) -> dict[str, Any]:
 
 
 def _starting_values(folder: str) -> dict[str, Any]:
-    """Model and tokenizer of a canonical checkpoint, flat."""
+    """Model and tokenizer of a canonical checkpoint, and what its gates were trained for, flat."""
     model = read_model_config(folder)
     values = {f"model.{entry.name}": getattr(model, entry.name) for entry in dataclasses.fields(model)}
     tokenizer = find_tokenizer(Path(folder))
-    return values | ({} if tokenizer is None else {"data.tokenizer": tokenizer})
+    values |= {} if tokenizer is None else {"data.tokenizer": tokenizer}
+    if model.gate_size:
+        run = read_run_config(folder)
+        for name in _OF_GATES:
+            section, _, key = name.partition(".")
+            kept = run.get(section)
+            value = kept.get(key) if isinstance(kept, dict) else None
+            if value not in (None, "none"):
+                values[name] = value
+    return values
 
 
 def _typed(parser: ArgumentParser, values: dict[str, Any], source: str, known: list[str]) -> dict[str, Any]:

@@ -131,6 +131,12 @@ class ModelConfig:
     """each block's own largest width: its elastic weights end there, and a plan that asks for more gets that; `widths`
     ends at the largest of them, and heads, KV groups and FFN rows are those of the widest block; null means hidden_size
     for all"""
+    gate_size: int = 0
+    """hidden units of each gate and of the difficulty estimator, which are no part of the model's own computation; 0:
+    there are none"""
+    estimator_reference: int | None = None
+    """channels that a difficulty of 1 asks for; an expansion keeps the old ones, so that it changes no choice; null
+    means hidden_size"""
     expanded_from: dict[str, int] | None = None
     """sizes before surgery made the model wider; phase 3 tells old weights from new ones by them"""
     modes: dict[str, int] = field(default_factory=_default_modes)
@@ -171,6 +177,7 @@ class ModelConfig:
         for name in (
             "logit_softcap",
             "num_experts",
+            "gate_size",
             "expert_gate_limit",
             "router_balance_weight",
             "router_z_weight",

@@ -13,6 +13,7 @@ from megatron_adamba.config.sections import (
     CheckpointConfig,
     DataConfig,
     ElasticConfig,
+    GatesConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -30,6 +31,7 @@ class AdambaConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    gates: GatesConfig = field(default_factory=GatesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -33,6 +33,57 @@ class ElasticConfig:
             positive("--elastic.min_exit_layer", self.min_exit_layer)
 
 
+def default_predictor(width_sampling: str | None) -> str:
+    """What `--gates.predictor` comes to where nothing is said."""
+    return "relative" if width_sampling == "sandwich" else "none"
+
+
+@dataclass
+class GatesConfig:
+    """Gates that tell when a token may leave and when it needs more width, and the estimator of a prompt's difficulty.
+    They learn beside the model, from what its passes leave behind, and never move it."""
+
+    train: bool | None = None
+    """null: in phases 2 and 3"""
+    size: int = 64
+    """hidden units of each, where the model has none yet"""
+    target: str = "relative"
+    """relative: max(0, loss if it leaves - loss at the end) in nats | absolute: sigmoid(2 - loss if it leaves)"""
+    tau: float = 1.0
+    """nats at which confidence is 0; leaving at a confidence c costs (1 - c) tau on average"""
+    exit_threshold: float = 0.95
+    """what training takes for leaving: states that an earlier gate would already have let go count a tenth"""
+    predictor: str | None = None
+    """relative: the regret of narrow passes (needs width_sampling sandwich) | original: sigmoid(loss - 1) | none; null:
+    relative under sandwich, else none"""
+    regret_scale: float = 0.25
+    """nats that a layer of score 1 loses at no width; all layers together lose up to their number times it"""
+    prompt_tokens: int = 64
+    """first tokens of a document that the estimator reads: at most half of it, and no more than its prompt"""
+    rest_tokens: int = 8
+    """documents with fewer tokens behind that do not train it"""
+    positions: int = 16
+    """of each sequence, at which states are kept"""
+    documents: int = 8
+    """of each sequence, on which the estimator learns"""
+    warmup_steps: int = 200
+    """steps before gates and estimator begin"""
+    lr: float = 2e-3
+    """AdamW's learning rate for them, at the schedule's peak"""
+    gradient_clipping: float = 1.0
+    """their own"""
+
+    def check(self) -> None:
+        one_of("--gates.target", self.target, ("relative", "absolute"))
+        if self.predictor is not None:
+            one_of("--gates.predictor", self.predictor, ("relative", "original", "none"))
+        for name in ("size", "tau", "regret_scale", "prompt_tokens", "rest_tokens", "positions", "documents", "lr"):
+            positive(f"--gates.{name}", getattr(self, name))
+        in_range("--gates.exit_threshold", self.exit_threshold, 0, 1)
+        for name in ("warmup_steps", "gradient_clipping"):
+            in_range(f"--gates.{name}", getattr(self, name), 0, float("inf"))
+
+
 @dataclass
 class DataConfig:
     """What is read."""
@@ -43,6 +94,8 @@ class DataConfig:
     """dataset prefix for evaluation; one"""
     tokenizer: str | None = None
     """bytes | FILE.model (sentencepiece) | tokenizer.json | tiktoken:NAME"""
+    prompt_end: str | None = None
+    """text of the token that ends a document's prompt, at its first place in each; null: documents have no prompt"""
 
 
 @dataclass

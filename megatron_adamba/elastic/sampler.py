@@ -22,6 +22,11 @@ def counter_generator(seed: int, step: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, 0, step, number]))
 
 
+def earliest_exit(num_layers: int) -> int:
+    """Blocks that run before the first exit, where nobody says."""
+    return max(1, num_layers // 4)
+
+
 class PlanSampler:
     """Draws the plans of each step. Holds no state that moves."""
 
@@ -32,7 +37,7 @@ class PlanSampler:
         self.exit_fraction = elastic.exit_fraction
         if self.exit_fraction is None:
             self.exit_fraction = DEFAULT_EXIT_FRACTION if phase in PHASES_WITH_EXITS and model.num_layers > 1 else 0.0
-        self.min_exit_layer = elastic.min_exit_layer or max(1, model.num_layers // 4)
+        self.min_exit_layer = elastic.min_exit_layer or earliest_exit(model.num_layers)
         if self.exit_fraction and not 1 <= self.min_exit_layer < model.num_layers:
             raise ConfigError(
                 f"--elastic.min_exit_layer {self.min_exit_layer}: must leave a layer out of the model's "

@@ -49,6 +49,30 @@ def draw_pareto(rows: Sequence[EvaluationRow], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_policies(rows: Sequence[Any], path: Path) -> None:
+    """Quality against compute of fixed widths, fixed exits and the model's own choices.
+
+    rows: with kind (width | exit | adaptive), bits_per_byte or None, nats_per_token and flops_per_token.
+    """
+    bits = all(row.bits_per_byte is not None for row in rows)
+    figure, axes = _figure()
+    looks = {"width": ("o", "-", "#1f5fa8"), "exit": ("s", "--", "#8a8a8a"), "adaptive": ("^", "-", "#c2452d")}
+    names = {"width": "fixed widths", "exit": "fixed exits at full width", "adaptive": "the model's own choices"}
+    for kind, (marker, line, colour) in looks.items():
+        points = sorted(
+            (row.flops_per_token / 1e6, row.bits_per_byte if bits else row.nats_per_token)
+            for row in rows
+            if row.kind == kind
+        )
+        if points:
+            axes.plot(*zip(*points), marker=marker, linestyle=line, color=colour, label=names[kind])
+    axes.set_xlabel("active forward MFLOPs per token")
+    axes.set_ylabel("bits per byte" if bits else "nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
 def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss over steps, evaluations at every width, gradient norm and speed. records: lines of metrics.jsonl."""
     steps = [record for record in records if "loss" in record]

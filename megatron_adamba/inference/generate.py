@@ -1,100 +1,179 @@
-"""Generation with KV and Mamba caches at a fixed plan."""
+"""Generation: requests in the slots of a decoder, a token each at every step, joining and leaving as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from megatron_adamba.config.rules import in_range, positive
-from megatron_adamba.elastic.plan import ElasticPlan
+from megatron_adamba.config.rules import positive
 from megatron_adamba.errors import ConfigError
-from megatron_adamba.layers.cache import KVCache
-from megatron_adamba.layers.mamba import MambaState
-from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.inference.decoder import Decoded, Decoder
+from megatron_adamba.inference.load import LoadedModel
+from megatron_adamba.inference.policy import ComputePolicy
+from megatron_adamba.inference.sampling import Sampling, choose
+from megatron_adamba.inference.text_stream import TextStream
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from its logits."""
+class GenerationRequest:
+    """What to go on from, and how far."""
 
-    temperature: float = 0.0
-    """0 takes the most likely token"""
-    top_k: int = 0
-    """only the k most likely; 0 turns it off"""
-    top_p: float = 1.0
-    """only the most likely ones that together reach this probability"""
-    seed: int = 0
+    prompt: tuple[int, ...]
+    """token ids, at least one"""
+    policy: ComputePolicy
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """strings that end the text, themselves left out"""
+    stop_at_eod: bool = True
 
-    def check(self) -> None:
+    def check(self, capacity: int) -> None:
         """Raises ConfigError."""
-        in_range("--temperature", self.temperature, 0, 100)
-        in_range("--top-k", self.top_k, 0, 10**9)
-        in_range("--top-p", self.top_p, 0, 1)
+        positive("--max-new-tokens", self.max_new_tokens)
+        self.sampling.check()
+        if not self.prompt:
+            raise ConfigError("--prompt: is empty; give at least one token of text")
+        if len(self.prompt) + self.max_new_tokens > capacity:
+            raise ConfigError(
+                f"--max-new-tokens {self.max_new_tokens}: with a prompt of {len(self.prompt)} tokens that is more than "
+                f"the {capacity} of this context; at most {max(capacity - len(self.prompt), 0)} are left"
+            )
 
 
-def make_caches(model: AdambaModel, plan: ElasticPlan, batch: int, capacity: int) -> list[KVCache | MambaState | None]:
-    """One cache per block that runs: keys and values of the plan's KV groups, or a Mamba state."""
-    config = model.config
-    weight = model.embedding.weight
-    caches: list[KVCache | MambaState | None] = []
-    for index, block in enumerate(model.blocks):
-        if index >= plan.exit_layer:
-            caches.append(None)
-        elif config.block_pattern[index] in "TE":
-            groups = model.rows[index][plan.widths[index]].kv_groups
-            caches.append(KVCache(batch, capacity, groups, config.head_dim, weight.dtype, weight.device))
-        else:
-            caches.append(block.mixer.new_state(batch, device=weight.device))
-    return caches
+@dataclass(frozen=True)
+class NewToken:
+    """One token of one request."""
+
+    number: int
+    """of the request"""
+    token: int
+    text: str
+    """what has become certain; may be empty"""
+    exit_layer: int
+    """blocks that ran for it"""
+    widened_at: int
+    """first block at the doubled width, the number of blocks for none"""
+    finish: str | None
+    """None | stop | length"""
 
 
-def generate(
-    model: AdambaModel,
-    prompt: Tensor,
-    plan: ElasticPlan,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_token: int | None = None,
-) -> Iterator[Tensor]:
-    """Yield one token per sequence, [batch], until the limit or until every sequence has produced `stop_token`.
+@dataclass
+class Sequence:
+    """A request that has a slot."""
 
-    prompt: [batch, length] int64, at least one token. Raises ConfigError.
-    """
-    positive("--max-new-tokens", max_new_tokens)
-    sampling.check()
-    if prompt.shape[1] == 0:
-        raise ConfigError("--prompt: is empty; give at least one token of text")
-    generator = torch.Generator(device=prompt.device).manual_seed(sampling.seed)
-    caches = make_caches(model, plan, prompt.shape[0], prompt.shape[1] + max_new_tokens)
-    done = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        with torch.no_grad():
-            logits = model.forward_cached(tokens, plan, caches)
-        chosen = choose(logits, sampling, generator)
-        yield chosen
-        if stop_token is not None:
-            done |= chosen == stop_token
-            if bool(done.all()):
-                return
-        tokens = chosen.unsqueeze(1)
+    number: int
+    slot: int
+    request: GenerationRequest
+    generator: torch.Generator
+    stream: TextStream
+    tokens: list[int]
+    """prompt and what was made so far; of the last one nothing is cached yet"""
+    prompt_exits: Tensor
+    """[prompt] int64 blocks that ran for each token of the prompt"""
+    prompt_widened: Tensor
+    made: int = 0
+    finish: str | None = None
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits: [batch, vocab] fp32; returns [batch] int64."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        # the first token always stays, whatever the bound
-        probabilities = probabilities.masked_fill((before >= sampling.top_p) & (before > 0), 0.0)
-    picked = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(-1, picked).squeeze(-1)
+class Generation:
+    """Runs requests side by side on one loaded model. Not safe for threads."""
+
+    def __init__(self, loaded: LoadedModel, slots: int, capacity: int) -> None:
+        """capacity: tokens of the longest sequence, prompt included."""
+        self.loaded, self.capacity = loaded, capacity
+        self.decoder = Decoder(loaded.model, slots, capacity, loaded.gates, loaded.reading)
+        self.free = list(range(slots))
+        self.running: dict[int, Sequence] = {}
+        self.kept: dict[int, Sequence] = {}
+        """finished ones whose caches are still there"""
+        self._numbers = 0
+
+    def add(self, request: GenerationRequest) -> tuple[Sequence, NewToken]:
+        """Read the prompt and make the first token. Needs a free slot. Raises ConfigError."""
+        request.check(self.capacity)
+        self._check_ids(request)
+        slot = self.free.pop(0)
+        self.kept = {number: kept for number, kept in self.kept.items() if kept.slot != slot}
+        number, self._numbers = self._numbers, self._numbers + 1
+        try:
+            self.decoder.begin(slot, request.policy)
+            decoded = self._prefill(slot, request.prompt)
+            generator = torch.Generator(device=self.loaded.device).manual_seed(request.sampling.seed)
+            stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop)
+            exits, widened = decoded.exit_layers.cpu(), decoded.widened_at.cpu()
+            sequence = Sequence(number, slot, request, generator, stream, list(request.prompt), exits, widened)
+            self.running[number] = sequence
+            return sequence, self._take(sequence, decoded, -1)
+        except BaseException:
+            self.running.pop(number, None)
+            self.kept.pop(number, None)
+            if slot not in self.free:
+                self.free.insert(0, slot)
+            raise
+
+    def go_on(self, number: int, request: GenerationRequest) -> NewToken:
+        """A further turn of a finished request whose slot nobody has taken since: its caches stay, the prompt follows
+        on what was made. Raises ConfigError."""
+        sequence = self.kept[number]
+        prompt = (sequence.tokens[-1], *request.prompt)
+        replace(request, prompt=(*sequence.tokens, *request.prompt)).check(self.capacity)
+        self._check_ids(request)
+        self.decoder.change_policy(sequence.slot, request.policy)
+        decoded = self._prefill(sequence.slot, prompt)
+        self.free.remove(sequence.slot)
+        sequence.request, sequence.made, sequence.finish = request, 0, None
+        sequence.generator.manual_seed(request.sampling.seed)
+        sequence.stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop)
+        sequence.tokens += request.prompt
+        self.running[number] = sequence
+        return self._take(sequence, decoded, -1)
+
+    def step(self) -> list[NewToken]:
+        """A further token of every running request."""
+        sequences = list(self.running.values())
+        if not sequences:
+            return []
+        sequences.sort(key=lambda sequence: sequence.slot)
+        tokens = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=self.loaded.device)
+        decoded = self.decoder.step([sequence.slot for sequence in sequences], tokens)
+        return [self._take(sequence, decoded, place) for place, sequence in enumerate(sequences)]
+
+    def cancel(self, number: int) -> None:
+        """Give a request's slot back."""
+        sequence = self.running.pop(number, None)
+        if sequence is not None:
+            self.free.append(sequence.slot)
+            self.kept[number] = sequence
+
+    def _check_ids(self, request: GenerationRequest) -> None:
+        known = min(self.loaded.tokenizer.vocab_size, self.loaded.model.config.vocab_size)
+        worst = next((token for token in request.prompt if not 0 <= token < known), None)
+        if worst is not None:
+            raise ConfigError(f"--prompt: token id {worst} is not in the vocabulary of {known}")
+
+    def _prefill(self, slot: int, tokens: tuple[int, ...]) -> Decoded:
+        return self.decoder.prefill(slot, torch.tensor(tokens, device=self.loaded.device))
+
+    def _take(self, sequence: Sequence, decoded: Decoded, place: int) -> NewToken:
+        """Choose a sequence's next token from the logits in its place."""
+        request = sequence.request
+        # rows of the model's vocabulary beyond the tokenizer's are padding
+        logits = decoded.logits[place][None, : self.loaded.tokenizer.vocab_size]
+        seen = None
+        if request.sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(sequence.tokens)), device=logits.device)
+        token = int(choose(logits, request.sampling, sequence.generator, seen))
+        sequence.tokens.append(token)
+        sequence.made += 1
+        text = sequence.stream.push(token)
+        if sequence.stream.stopped or (request.stop_at_eod and token == self.loaded.tokenizer.eod_id):
+            sequence.finish = "stop"
+        elif sequence.made == request.max_new_tokens:
+            sequence.finish = "length"
+        if sequence.finish is not None:
+            text += sequence.stream.finish()
+            self.cancel(sequence.number)
+        trace = int(decoded.exit_layers[place]), int(decoded.widened_at[place])
+        return NewToken(sequence.number, token, text, *trace, sequence.finish)

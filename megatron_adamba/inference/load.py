@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
+from megatron_adamba.blueprint.gates import gate_manifest
+from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import load_into
+from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import one_of
+from megatron_adamba.config.sections import GatesConfig, default_predictor
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_adamba.elastic.confidence import GateReading
+from megatron_adamba.elastic.sampler import earliest_exit
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_adamba.layers.gates import Gates
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.ops.host_memory import keep_freed_pages
 
@@ -21,8 +28,19 @@ class LoadedModel:
     """Ready for evaluation: in eval mode, no gradients."""
 
     model: AdambaModel
+    gates: Gates | None
+    """in float32; None where the checkpoint has none"""
+    gate_config: GatesConfig
+    """as the run was set that trained the gates"""
+    min_exit_layer: int
+    """blocks before the earliest exit that it trained"""
     tokenizer: Tokenizer
     device: torch.device
+
+    @property
+    def reading(self) -> GateReading:
+        """What the gates' outputs mean."""
+        return GateReading.of(self.gate_config)
 
 
 def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | None = None) -> LoadedModel:
@@ -43,10 +61,35 @@ def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | N
         raise CheckpointError(str(error)) from None
     tokenizer = _tokenizer(folder)
     model = AdambaModel(config, device="meta").to_empty(device="cpu")
-    load_into(model, folder)
+    load_into(model, folder, elsewhere={spec.name for spec in gate_manifest(config)})
     model.to(device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     model.requires_grad_(False).eval()
-    return LoadedModel(model, tokenizer, device)
+    gates = _gates(folder, config, device)
+    return LoadedModel(model, gates, *_gate_config(folder, config), tokenizer, device)
+
+
+def _gates(folder: Path, config: ModelConfig, device: torch.device) -> Gates | None:
+    if not config.gate_size:
+        return None
+    gates = Gates(config, device="meta").to_empty(device="cpu")
+    load_into(gates, folder, elsewhere={spec.name for spec in manifest(config)})
+    return gates.to(device).requires_grad_(False).eval()
+
+
+def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
+    """The gates section of the run, and its earliest exit. Raises CheckpointError."""
+    run = read_run_config(folder)
+    values, known = run.get("gates", {}), {entry.name for entry in fields(GatesConfig)}
+    try:
+        gates = GatesConfig(**{name: value for name, value in values.items() if name in known})
+        gates.check()
+        elastic = run.get("elastic", {})
+        if gates.predictor is None:
+            gates = replace(gates, predictor=default_predictor(elastic.get("width_sampling")))
+        first = elastic.get("min_exit_layer") or earliest_exit(config.num_layers)
+        return gates, min(int(first), config.num_layers)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: the gates section is damaged ({error})") from None
 
 
 def _tokenizer(folder: Path) -> Tokenizer:

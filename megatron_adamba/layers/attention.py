@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron_adamba.config.model import ModelConfig, NestRow
-from megatron_adamba.layers.cache import KVCache
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.linear import NestedLinears
 from megatron_adamba.layers.rope import rope_concentration
@@ -34,21 +33,42 @@ class NestedAttention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(heads, device=device)) if config.attention_sinks else None
         self.out = NestedLinears({"o": config.widths[-1]}, query, config.linear_bias, device)
 
-    def forward(self, x: Tensor, row: NestRow, context: ForwardContext, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, row: NestRow, context: ForwardContext) -> Tensor:
         """x: [batch, seq, w] normed, in the form of the residual stream; returns the same shape."""
-        width, groups = x.shape[-1], self.tp.owned(row.kv_groups)
+        groups = self.tp.owned(row.kv_groups)
         key = groups * self.head_dim
         query = key * self.heads_per_group
         q, k, v = self.qkv(x, (query, key, key), context.accumulation, self.tp.exchange)
-        batch, seq, _ = q.shape
-        q = q.view(batch, seq, groups * self.heads_per_group, self.head_dim)
-        k = k.view(batch, seq, groups, self.head_dim)
-        v = v.view(batch, seq, groups, self.head_dim)
-        q = rotate_and_norm(q, context.cos, context.sin, self.norm_size, self.eps)
-        k = rotate_and_norm(k, context.cos, context.sin, self.norm_size, self.eps)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        sinks = None if self.sinks is None else self.sinks[: groups * self.heads_per_group]
-        mixed = attend(q, k, v, context.masks[self.window], self.scale, sinks)
-        (out,) = self.out(mixed, (width,), context.accumulation, add_bias=self.tp.adds_bias)
+        q, k = (self._heads(t, context.cos, context.sin) for t in (q, k))
+        mixed = attend(
+            q, k, v.unflatten(-1, (groups, self.head_dim)), context.masks[self.window], self.scale, self._sinks(groups)
+        )
+        (out,) = self.out(mixed, (x.shape[-1],), context.accumulation, add_bias=self.tp.adds_bias)
         return self.tp.reduce_output(out)
+
+    def keys_values(self, x: Tensor, row: NestRow, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """What later tokens read of x, each [batch, seq, kv_groups, head_dim]. Decoding alone, with all units here.
+
+        x: [batch, seq, w] normed; cos, sin: [seq, head_dim / 2].
+        """
+        key = row.kv_groups * self.head_dim
+        k, v = self.qkv.some(x, {"k": key, "v": key})
+        return self._heads(k, cos, sin), v.unflatten(-1, (row.kv_groups, self.head_dim))
+
+    def queries(self, x: Tensor, row: NestRow, cos: Tensor, sin: Tensor) -> Tensor:
+        """[batch, seq, heads, head_dim]; like `keys_values`."""
+        (q,) = self.qkv.some(x, {"q": row.kv_groups * self.heads_per_group * self.head_dim})
+        return self._heads(q, cos, sin)
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, row: NestRow) -> Tensor:
+        """What queries [batch, q, heads, head_dim] find, [batch, q, w]; the others as `attend` has them. Decoding
+        alone."""
+        mixed = attend(q, k, v, mask, self.scale, self._sinks(row.kv_groups))
+        (out,) = self.out.some(mixed, {"o": row.width})
+        return out
+
+    def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate_and_norm(x.unflatten(-1, (-1, self.head_dim)), cos, sin, self.norm_size, self.eps)
+
+    def _sinks(self, groups: int) -> Tensor | None:
+        return None if self.sinks is None else self.sinks[: groups * self.heads_per_group]

@@ -9,9 +9,8 @@ from megatron_adamba.blueprint.nest import block_config
 from megatron_adamba.blueprint.resolve import mamba_inner_size
 from megatron_adamba.config.model import ModelConfig, NestRow
 from megatron_adamba.layers.attention import NestedAttention
-from megatron_adamba.layers.cache import KVCache
 from megatron_adamba.layers.context import ForwardContext
-from megatron_adamba.layers.mamba import Mamba1Mixer, Mamba2Mixer, MambaState
+from megatron_adamba.layers.mamba import Mamba1Mixer, Mamba2Mixer
 from megatron_adamba.layers.mlp import NestedMLP
 from megatron_adamba.layers.moe.layer import MoE
 from megatron_adamba.layers.norm import NestedNorm
@@ -53,10 +52,10 @@ class AttentionBlock(nn.Module):
         self.mlp_norm = nested_norm(config, tp, device)
         self.mlp = NestedMLP(config, tp, device)
 
-    def forward(self, x: Tensor, row: NestRow, context: ForwardContext, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, row: NestRow, context: ForwardContext) -> Tensor:
         """x: [batch, seq, at least row.width], this rank's part of the sequence under sequence parallelism."""
         head, tail = split_prefix(x, row.width)
-        head = head + self.attention(self.attention_norm(head), row, context, cache)
+        head = head + self.attention(self.attention_norm(head), row, context)
         head = head + self.mlp(self.mlp_norm(head), row, context)
         return join_prefix(head, tail)
 
@@ -80,10 +79,10 @@ class ExpertBlock(nn.Module):
         self.moe_norm = nested_norm(config, tp, device)
         self.moe = moe_layer(config, index, tp, ep, device)
 
-    def forward(self, x: Tensor, row: NestRow, context: ForwardContext, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, row: NestRow, context: ForwardContext) -> Tensor:
         """x: [batch, seq, at least row.width]; returns the same shape."""
         head, tail = split_prefix(x, row.width)
-        head = head + self.attention(self.attention_norm(head), row, context, cache)
+        head = head + self.attention(self.attention_norm(head), row, context)
         head = head + self.moe(self.moe_norm(head), row, context)
         return join_prefix(head, tail)
 
@@ -101,9 +100,9 @@ class MambaBlock(nn.Module):
         else:
             self.mlp_norm = self.mlp = None
 
-    def forward(self, x: Tensor, row: NestRow, context: ForwardContext, cache: MambaState | None = None) -> Tensor:
+    def forward(self, x: Tensor, row: NestRow, context: ForwardContext) -> Tensor:
         """x: [batch, seq, hidden_size]; returns the same shape."""
-        x = x + self.mixer(self.mixer_norm(x), seq_idx=context.seq_idx, cache=cache)
+        x = x + self.mixer(self.mixer_norm(x), seq_idx=context.seq_idx)
         if self.mlp is None:
             return x
         head, tail = split_prefix(x, row.width)

@@ -35,9 +35,18 @@ class Vocabulary:
         x = F.embedding(place.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)
         return self.tp.reduce_output(x)
 
-    def head_output(self, x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float, reduction: str) -> Tensor:
+    def head_output(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor | None,
+        softcap: float,
+        reduction: str,
+        losses: Tensor | None = None,
+    ) -> Tensor:
         """Logits [batch, seq, vocab] in fp32 without labels; with labels [batch, seq] their mean loss (reduction
-        "mean"), or each position's loss [batch, seq] without gradient (reduction "none"), in nats.
+        "mean"), or each position's loss [batch, seq] without gradient (reduction "none"), in nats. losses: [batch, seq]
+        in fp32, filled with each position's loss beside the mean.
 
         x: [batch, seq, hidden_size] in the form of the residual stream. Only the first of the three ever holds the
         logits of a whole vocabulary; under tensor parallelism it has no gradient.
@@ -47,11 +56,13 @@ class Vocabulary:
             return softcap_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
         if self.tp.size > 1:
             shard = VocabularyShard(self.size, self.first, self.tp)
-            losses = vocab_parallel_token_losses if reduction == "none" else vocab_parallel_cross_entropy
-            return losses(x, weight, labels, softcap, shard)
+            if reduction == "none":
+                return vocab_parallel_token_losses(x, weight, labels, softcap, shard)
+            return vocab_parallel_cross_entropy(x, weight, labels, softcap, shard, losses)
         if reduction == "none":
             return token_losses(x.flatten(0, 1), weight, labels.flatten(), softcap).view(labels.shape)
-        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), softcap)
+        flat = None if losses is None else losses.view(-1)
+        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), softcap, losses_out=flat)
 
     def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.tp.size == 1:
@@ -99,9 +110,11 @@ class Head(nn.Module):
         self.softcap = softcap
         self.weight = nn.Parameter(torch.empty(self.vocabulary.rows, hidden_size, device=device))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", losses: Tensor | None = None
+    ) -> Tensor:
         """See `Vocabulary.head_output`."""
-        return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction)
+        return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction, losses)
 
 
 class TiedEmbedding(TokenEmbedding):
@@ -121,9 +134,14 @@ class TiedEmbedding(TokenEmbedding):
         self.softcap = softcap
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", as_head: bool = False
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        losses: Tensor | None = None,
+        as_head: bool = False,
     ) -> Tensor:
         """tokens [batch, seq] to [batch, seq, hidden_size], or as the head: see `Vocabulary.head_output`."""
         if as_head:
-            return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction)
+            return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction, losses)
         return super().forward(x)

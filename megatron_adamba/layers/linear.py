@@ -43,6 +43,12 @@ class NestedLinears(nn.Module):
         biases = [getattr(self, f"{name}_bias") for name in self.names] if self.has_bias else None
         return nested_linears(x, weights, biases, rows, x.shape[-1], self.sinks, accumulation, exchange, add_bias)
 
+    def some(self, x: Tensor, rows: dict[str, int]) -> tuple[Tensor, ...]:
+        """Only the maps named in rows, in that order, where nothing learns. x: [..., cols used]."""
+        weights = [getattr(self, f"{name}_weight") for name in rows]
+        biases = [getattr(self, f"{name}_bias") for name in rows] if self.has_bias else None
+        return nested_linears(x, weights, biases, tuple(rows.values()), x.shape[-1], (), Accumulation.DIRECT)
+
 
 class Projection(nn.Module):
     """A static linear map without bias: `weight` [rows, cols], left as allocated until it is filled from outside."""
@@ -58,3 +64,7 @@ class Projection(nn.Module):
         rows, cols = self.weight.shape
         (y,) = nested_linears(x, [self.weight], None, (rows,), cols, (), Accumulation.DIRECT, exchange)
         return y
+
+    def some(self, x: Tensor, rows: slice) -> Tensor:
+        """Only some of the rows, where nothing learns. x: [..., cols]."""
+        return linear(x, self.weight[rows])

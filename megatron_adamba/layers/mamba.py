@@ -141,13 +141,26 @@ class Mamba2Mixer(nn.Module):
         cache the sequence goes on where the cache stands, and the cache moves on; no gradient flows through it.
         """
         z, xBC, dt = self.in_proj(x, self.tp.exchange).split([self.d_inner, self.conv_channels, self.num_heads], dim=-1)
+        y = self._mix(xBC, dt, seq_idx, cache)
+        return self.tp.reduce_output(self.out_proj(self.norm(y, z)))
+
+    def decode(self, x: Tensor, cache: MambaState, kept: Tensor | None) -> Tensor:
+        """Move the cache on by x [batch, seq, hidden_size]; results of the tokens kept alone, [kept, hidden_size].
+
+        kept: [kept] int64 places among all batch * seq tokens, None for all of them. No gradients.
+        """
+        xBC, dt = self.in_proj.some(x, slice(self.d_inner, None)).split([self.conv_channels, self.num_heads], dim=-1)
+        y, x = _kept(self._mix(xBC, dt, None, cache), x, kept)
+        return self.out_proj(self.norm(y, self.in_proj.some(x, slice(0, self.d_inner))))[0]
+
+    def _mix(self, xBC: Tensor, dt: Tensor, seq_idx: Tensor | None, cache: MambaState | None) -> Tensor:
+        """xBC [batch, seq, channels], dt [batch, seq, num_heads] -> [batch, seq, d_inner]."""
         xBC = self.conv1d(xBC, seq_idx, cache)
         bc = self.num_groups * self.d_state
         u, B, C = xBC.split([self.d_inner, bc, bc], dim=-1)
         u = u.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (t.unflatten(-1, (self.num_groups, self.d_state)) for t in (B, C))
-        y = self._scan(u, dt, B, C, seq_idx, cache)
-        return self.tp.reduce_output(self.out_proj(self.norm(y.flatten(2), z)))
+        return self._scan(u, dt, B, C, seq_idx, cache).flatten(2)
 
     def _scan(self, u, dt, B, C, seq_idx, cache) -> Tensor:
         A = -self.A_log.float().exp()
@@ -221,10 +234,18 @@ class Mamba1Mixer(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, cache: MambaState | None = None) -> Tensor:
         """Like `Mamba2Mixer.forward`."""
         u, z = self.in_proj(x, self.tp.exchange).chunk(2, dim=-1)
+        return self.tp.reduce_output(self.out_proj(self._mix(u, z, seq_idx, cache)))
+
+    def decode(self, x: Tensor, cache: MambaState, kept: Tensor | None) -> Tensor:
+        """Like `Mamba2Mixer.decode`."""
+        y, x = _kept(self._mix(self.in_proj.some(x, slice(0, self.d_inner)), None, None, cache), x, kept)
+        return self.out_proj(y * nn.functional.silu(self.in_proj.some(x, slice(self.d_inner, None))))[0]
+
+    def _mix(self, u: Tensor, z: Tensor | None, seq_idx: Tensor | None, cache: MambaState | None) -> Tensor:
+        """u, z [batch, seq, d_inner] -> the same shape; without z the result is not gated."""
         u = self.conv1d(u, seq_idx, cache)
         dt, B, C = self.tp.reduce_shared(self.x_proj(u)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = self._scan(u, self.dt_proj(dt), B, C, z, seq_idx, cache)
-        return self.tp.reduce_output(self.out_proj(y))
+        return self._scan(u, self.dt_proj(dt), B, C, z, seq_idx, cache)
 
     def _scan(self, u, delta, B, C, z, seq_idx, cache) -> Tensor:
         A = -self.A_log.float().exp()
@@ -234,10 +255,16 @@ class Mamba1Mixer(nn.Module):
         if u.shape[1] == 1:
             with torch.no_grad():
                 first = (t[:, 0] for t in (u, delta))
-                y = dispatch.selective_scan_step(state, *first, A, B[:, 0], C[:, 0], D=self.D)
-            return y.unsqueeze(1) * nn.functional.silu(z)
+                y = dispatch.selective_scan_step(state, *first, A, B[:, 0], C[:, 0], D=self.D).unsqueeze(1)
+            return y if z is None else y * nn.functional.silu(z)
         y, final = dispatch.selective_scan(
             u, delta, A, B, C, D=self.D, z=z, initial_states=state, seq_idx=seq_idx, return_final_states=True
         )
         state.copy_(final.detach())
         return y
+
+
+def _kept(y: Tensor, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[batch, seq, ...] each to [1, kept, ...]."""
+    y, x = y.flatten(0, 1), x.flatten(0, 1)
+    return (y[None], x[None]) if kept is None else (y[kept][None], x[kept][None])

@@ -16,7 +16,6 @@ from megatron_adamba.blueprint.stages import Chunk, specs_held, whole_model
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan
 from megatron_adamba.layers.block import build_block, static_norm
-from megatron_adamba.layers.cache import KVCache
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.embedding import Head, TiedEmbedding, TokenEmbedding
 from megatron_adamba.layers.moe.layer import MoE
@@ -117,8 +116,8 @@ class AdambaModel(nn.Module):
         tokens, labels: [batch, seq] int64, label -100 unscored; seq_idx: [batch, seq] int32 document numbers or None;
         plan: None is full width to the last layer; all_take_part: blocks above the exit run on zero tokens, so that
         their parameters have a gradient of zero; statistics: filled by the routers, whose auxiliary losses are part of
-        the mean loss; taps: filled by the pass; reduction "none" gives each position's loss, [batch, seq], without
-        gradient.
+        the mean loss; taps: filled by the pass, which then takes a mean loss; reduction "none" gives each position's
+        loss, [batch, seq], without gradient.
         """
         plan = plan or full_plan(self.config)
         statistics = RouterStatistics() if statistics is None else statistics
@@ -143,17 +142,27 @@ class AdambaModel(nn.Module):
         if chunk.embedding:
             x = self.embedding(self.tp.pad_sequence(tokens, 0))
             if taps is not None:
-                taps.behind(0, x)
+                taps.behind(0, x, self.tp)
         x = self._run_blocks(x, chunk.blocks, plan, context, all_take_part, taps)
         if not chunk.head:
             return x
-        out = self._head(self.final_norm(x), self.tp.pad_sequence(labels, IGNORED), reduction)
-        return out[:, : tokens.shape[1]] if out.dim() > 1 else out
+        padded = self.tp.pad_sequence(labels, IGNORED)
+        if taps is None or plan.exit_layer < self.config.num_layers:
+            out = self._head(self.final_norm(x), padded, reduction)
+            return out[:, : tokens.shape[1]] if out.dim() > 1 else out
+        losses = torch.empty(padded.shape, dtype=torch.float32, device=x.device)
+        out = self._head(self.final_norm(x), padded, reduction, losses)
+        taps.token_losses = losses[:, : tokens.shape[1]]
+        with torch.no_grad():
+            taps.finish(lambda state, wanted: self._head(self.final_norm(state), wanted, "none"), labels, self.tp)
+        return out
 
-    def _head(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def _head(
+        self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", losses: Tensor | None = None
+    ) -> Tensor:
         if self.head is None:
-            return self.embedding(x, labels, reduction, as_head=True)
-        return self.head(x, labels, reduction)
+            return self.embedding(x, labels, reduction, losses, as_head=True)
+        return self.head(x, labels, reduction, losses)
 
     def hidden_states(
         self,
@@ -193,7 +202,7 @@ class AdambaModel(nn.Module):
             else:
                 x = block(x, row, context)
             if taps is not None and index < plan.exit_layer:
-                taps.behind(index + 1, x)
+                taps.behind(index + 1, x, self.tp)
         return x
 
     def training_context(
@@ -203,44 +212,26 @@ class AdambaModel(nn.Module):
         accumulation: Accumulation = Accumulation.DIRECT,
         statistics: RouterStatistics | None = None,
     ) -> ForwardContext:
-        """What the layers share in a pass over whole sequences."""
+        """What the layers share in a pass over whole sequences: rotary tables and masks, by window."""
         length = tokens.shape[1]
         padded = length + (-length % self.tp.size if self.tp.sequence_parallel else 0)
         seq_idx = self.tp.pad_sequence(seq_idx, 2**31 - 1)
-        return self.make_context(padded, 0, tokens.device, seq_idx, accumulation, length, statistics)
-
-    def forward_cached(self, tokens: Tensor, plan: ElasticPlan, caches: list) -> Tensor:
-        """Continue from caches (one per block, as `inference` makes them): logits of the last position.
-
-        tokens: [batch, new]; returns [batch, vocab_size] in fp32 and moves the caches on.
-        """
-        start = next((cache.length for cache in caches if isinstance(cache, KVCache)), 0)
-        context = self.make_context(tokens.shape[1], start, tokens.device, None, Accumulation.DIRECT)
-        x = self.embedding(tokens)
-        for index in range(plan.exit_layer):
-            x = self.blocks[index](x, self.rows[index][plan.widths[index]], context, caches[index])
-        return self._head(self.final_norm(x[:, -1:]))[:, 0]
-
-    def make_context(
-        self,
-        length: int,
-        start: int,
-        device,
-        seq_idx: Tensor | None,
-        accumulation: Accumulation,
-        unpadded: int | None = None,
-        statistics: RouterStatistics | None = None,
-    ) -> ForwardContext:
-        """Rotary tables and masks of positions start .. start + length - 1 over all positions up to there."""
-        config = self.config
-        positions = segment_positions(length, start, device)
-        keys = segment_positions(start + length, 0, device)
-        sizes = config.head_dim_steps or config.head_dim
-        cos, sin = rotary_table(positions, sizes, config.rope_theta, config.rope_sign, yarn_of(config))
-        windows = {window for window, letter in zip(self.windows, config.block_pattern) if letter in "TE"}
-        masks = {window: attention_mask(positions, keys, window, seq_idx) for window in windows}
+        positions = segment_positions(padded, 0, tokens.device)
+        cos, sin = self.rotary(positions)
+        windows = {window for window, letter in zip(self.windows, self.config.block_pattern) if letter in "TE"}
+        masks = {window: attention_mask(positions, positions, window, seq_idx) for window in windows}
         statistics = RouterStatistics() if statistics is None else statistics
-        return ForwardContext(accumulation, cos, sin, masks, seq_idx, unpadded or length, statistics)
+        return ForwardContext(accumulation, cos, sin, masks, seq_idx, length, statistics)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[batch, seq, vocab_size] in fp32 of residuals [batch, seq, hidden_size], whichever blocks they lie behind."""
+        return self._head(self.final_norm(x))
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary embedding at positions [n], [n, head_dim / 2] each in fp32."""
+        config = self.config
+        sizes = config.head_dim_steps or config.head_dim
+        return rotary_table(positions, sizes, config.rope_theta, config.rope_sign, yarn_of(config))
 
     @staticmethod
     def _empty(context: ForwardContext) -> ForwardContext:

@@ -31,6 +31,8 @@ def initial_tensor(spec: ParamSpec, seed: int) -> Tensor:
     shape = spec.shape
     if spec.init == "ones":
         return torch.ones(shape)
+    if spec.init in ("plus_two", "minus_two"):
+        return torch.full(shape, 2.0 if spec.init == "plus_two" else -2.0)
     if spec.init in ("zeros", "output"):
         # output projections start at zero: every block begins as the identity and depth costs no tuning
         return torch.zeros(shape)

@@ -19,20 +19,28 @@ def softcap_(logits: Tensor, cap: float) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float = 0.0, chunk_tokens: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float = 0.0,
+    chunk_tokens: int | None = None,
+    losses_out: Tensor | None = None,
 ) -> Tensor:
     """Mean cross entropy in nats over the scored positions, a scalar in fp32 (float64 for float64 input).
 
     hidden: [tokens, hidden_size]; weight: [vocab, hidden_size]; labels: [tokens], IGNORED where unscored. With no
     scored position the loss is zero and so are its gradients. The backward pass of each chunk runs right behind its
     forward pass, while its logits are at hand; only gradients of the size of `hidden` and `weight` stay.
-    chunk_tokens: positions of one chunk; None takes what keeps its logits to 16M numbers.
+    chunk_tokens: positions of one chunk; None takes what keeps its logits to 16M numbers. losses_out: [tokens], filled
+    with each position's loss.
     """
     chunk_tokens = chunk_tokens or chunk_size(weight.shape[0])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk_tokens)
-    total = token_losses(hidden, weight, labels, softcap, chunk_tokens).sum()
-    return total / (labels != IGNORED).sum().clamp(min=1)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, softcap, chunk_tokens, losses_out)
+    losses = token_losses(hidden, weight, labels, softcap, chunk_tokens)
+    if losses_out is not None:
+        losses_out.copy_(losses)
+    return losses.sum() / (labels != IGNORED).sum().clamp(min=1)
 
 
 def token_losses(
@@ -101,7 +109,7 @@ def _block_losses(logits: Tensor, labels: Tensor, softcap: float, grad_scale: Te
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float, chunk_tokens: int) -> Tensor:
+    def forward(ctx, hidden, weight, labels, softcap: float, chunk_tokens: int, losses_out: Tensor | None) -> Tensor:
         high = torch.promote_types(hidden.dtype, torch.float32)
         grad_scale = (labels != IGNORED).sum().clamp(min=1).to(high).reciprocal()
         total = hidden.new_zeros((), dtype=high)
@@ -111,6 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk_tokens)
             losses, grad_logits = _chunk_losses(hidden[part], weight, labels[part], softcap, grad_scale)
             total += losses.sum()
+            if losses_out is not None:
+                losses_out[part] = losses
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -126,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 class WeightGradient:

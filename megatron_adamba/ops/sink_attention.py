@@ -15,7 +15,8 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor 
     """softmax(scale q k^T, with the head's sink as a further logit) v.
 
     q: [batch, q, heads, head_dim]; k, v: [batch, k, kv_heads, head_dim]; sinks: [heads], not scaled; mask: bool
-    [1 or batch, 1, q, k], None for causal over equal lengths. Returns [batch, q, heads * head_dim].
+    [1 or batch, 1 or heads, q, k], None for causal over equal lengths, or for one query that sees all. Returns
+    [batch, q, heads * head_dim].
     """
     batch, queries, heads, head_dim = q.shape
     group = heads // k.shape[2]
@@ -41,7 +42,8 @@ class _SinkAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, bias, scale) -> Tensor:
-        causal = bias is None
+        # a single query without a mask sees all keys
+        causal = bias is None and q.shape[2] > 1
         seeds: tuple[Tensor, ...] = ()
         if q.is_cuda:
             wide = None if bias is None else bias.expand(q.shape[0], q.shape[1], -1, -1)

@@ -22,17 +22,25 @@ class VocabularyShard:
 
 
 def vocab_parallel_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float, shard: VocabularyShard
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float,
+    shard: VocabularyShard,
+    losses_out: Tensor | None = None,
 ) -> Tensor:
     """`linear_cross_entropy` over a shared vocabulary: the same mean loss on every rank.
 
     hidden: [batch, seq, hidden_size], what this rank holds of it; weight: [rows of this rank, hidden_size], from
-    shard.first_row of the vocabulary on; labels: [batch, seq] of all tokens.
+    shard.first_row of the vocabulary on; labels: [batch, seq] of all tokens; losses_out: [batch, seq], filled with each
+    position's loss.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _VocabParallelCrossEntropy.apply(hidden, weight, labels, softcap, shard)
-    total = vocab_parallel_token_losses(hidden, weight, labels, softcap, shard).sum()
-    return total / (labels != IGNORED).sum().clamp(min=1)
+        return _VocabParallelCrossEntropy.apply(hidden, weight, labels, softcap, shard, losses_out)
+    losses = vocab_parallel_token_losses(hidden, weight, labels, softcap, shard)
+    if losses_out is not None:
+        losses_out.copy_(losses)
+    return losses.sum() / (labels != IGNORED).sum().clamp(min=1)
 
 
 def vocab_parallel_token_losses(
@@ -106,7 +114,7 @@ class _Chunk:
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, softcap, shard) -> Tensor:
+    def forward(ctx, hidden, weight, labels, softcap, shard, losses_out) -> Tensor:
         high = torch.promote_types(hidden.dtype, torch.float32)
         whole, flat = shard.exchange.gather(hidden).flatten(0, 1), labels.flatten()
         grad_scale = (flat != IGNORED).sum().clamp(min=1).to(high).reciprocal()
@@ -118,6 +126,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             part = slice(start, start + step)
             chunk = _Chunk(whole[part], weight, flat[part], softcap, shard)
             total += chunk.losses.sum()
+            if losses_out is not None:
+                losses_out.view(-1)[part] = chunk.losses
             grad_logits = chunk.gradient(grad_scale)
             if grad_whole is not None:
                 torch.mm(grad_logits, weight, out=grad_whole[part])
@@ -135,4 +145,4 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             reduced = ctx.exchange.start_reduce((grad_hidden * grad).view(*ctx.shape, grad_hidden.shape[-1]))
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return None if reduced is None else reduced.wait(), grad_weight, None, None, None
+        return None if reduced is None else reduced.wait(), grad_weight, None, None, None, None

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.blueprint.growth import AxisGrowth, growth_of
-from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.model.init import initial_tensor
@@ -46,9 +47,9 @@ def expand(source: Path, hidden_size: int, heads: str, noise: Noise, sizes: Size
     old = open_canonical(source)
     require_whole(old.config, source, "expand")
     config = grown_config(old.config, hidden_size, heads, sizes)
-    specs = {spec.name: spec for spec in manifest(old.config)}
+    specs = {spec.name: spec for spec in stored_manifest(old.config)}
     growth = _Growth(old, config, growth_of(old.config, config), noise)
-    plan = tuple(growth.plan(specs[spec.name], spec) for spec in manifest(config))
+    plan = tuple(growth.plan(specs[spec.name], spec) for spec in stored_manifest(config))
     values = {**old.opened.config, "model": asdict(config)}
     arguments = {"hidden_size": hidden_size, "heads": heads, **asdict(noise), **sizes.given()}
     history = extended_history(source, "expand", arguments, "canonical")
@@ -96,6 +97,8 @@ class _Growth:
             return "the widest's"
         if spec.group == "norm" or (spec.group == "mamba" and spec.kind == "vector"):
             return "initial"
+        if spec.group == "gate":
+            return "zero"
         reads = spec.group == "head" or (spec.kind in ("matrix", "matrices") and spec.init != "output")
         return "random" if reads else "zero"
 

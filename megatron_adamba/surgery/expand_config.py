@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from math import gcd
 
+from megatron_adamba.blueprint.gates import whole_width
 from megatron_adamba.blueprint.growth import sizes_of
 from megatron_adamba.blueprint.nest import copy_rows, round_up
 from megatron_adamba.blueprint.resolve import resolve_model
@@ -52,6 +53,8 @@ def grown_config(old: ModelConfig, hidden: int, heads: str, sizes: Sizes) -> Mod
     )
     rows = [*copy_rows(old.nest), widest]
     changes["expanded_from"] = sizes_of(old)
+    if old.gate_size:
+        changes["estimator_reference"] = whole_width(old)
     return resolve_model(replace(old, hidden_size=hidden, widths=None, nest=rows, **changes))
 
 

@@ -17,7 +17,7 @@ from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Place, source_shape
 from megatron_adamba.surgery.gpt_oss_config import HUGGING_FACE, to_hugging_face
-from megatron_adamba.surgery.sources import TensorFolder
+from megatron_adamba.surgery.sources import OWN_DTYPES, TensorFolder
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 PROMISE = (
@@ -123,7 +123,7 @@ class _Exporter:
         def make() -> Tensor:
             out = torch.empty(shape, dtype=self.dtype)
             rows = out.transpose(1, 2) if place.expert_matrix else out
-            source = TensorFolder(self.old.opened.folder)
+            source = TensorFolder(self.old.opened.folder, OWN_DTYPES)
             for first, name in enumerate(names):
                 for expert in range(shape[0]):
                     rows[expert, first :: len(names)] = source.rows(name, expert, expert + 1)[0]

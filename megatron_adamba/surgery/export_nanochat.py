@@ -40,6 +40,8 @@ _LEFT = {
     "nest",
     "modes",
     "ffn_granule",
+    "gate_size",
+    "estimator_reference",
     "norm_weight",
     "sliding_window",
     "window_pattern",
@@ -47,7 +49,8 @@ _LEFT = {
     "rope_beta_fast",
     "rope_beta_slow",
 }
-"""settings that need not come back: narrow widths, what is folded or looked at by itself, and YaRN's, which is off"""
+"""settings that need not come back: narrow widths, gates, what is folded or looked at by itself, and YaRN's, which is
+off"""
 _OF_OTHER_BLOCKS = ("mamba_", "router_", "expert", "num_experts")
 
 

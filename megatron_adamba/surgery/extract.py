@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+import torch
+
+from megatron_adamba.blueprint.gates import stored_manifest
+from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.elastic.plan import ElasticPlan
+from megatron_adamba.elastic.sampler import earliest_exit
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.model.init import initial_tensor
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.requested import requested_plan
-from megatron_adamba.surgery.sources import TensorFolder
+from megatron_adamba.surgery.sources import OWN_DTYPES, TensorFolder
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 _PROMISE = "the logits are the source's at the same widths"
@@ -33,9 +39,9 @@ def extract(
     old = open_canonical(source)
     plan = requested_plan(old.config, source, width, widths, exit_layer)
     config = _extracted_config(old.config, plan)
-    folder = TensorFolder(source)
-    tensors = tuple(_leading(spec, old, folder) for spec in manifest(config))
-    values = {**old.opened.config, "model": asdict(config)}
+    folder = TensorFolder(source, OWN_DTYPES)
+    tensors = tuple(_leading(spec, old, folder) for spec in stored_manifest(config))
+    values = {**old.opened.config, "model": asdict(config), **_same_exits(old)}
     arguments = {"widths": list(plan.widths[: plan.exit_layer]), "exit_layer": plan.exit_layer}
     history = extended_history(source, "extract", arguments, "canonical")
     return Job(tensors, values, history, _promise(old.config, plan), old.tokenizer_files())
@@ -62,6 +68,8 @@ def _extracted_config(old: ModelConfig, plan: ElasticPlan) -> ModelConfig:
     else:
         without = [replace(row, expert_ffn=0) for row in rows]
         config = replace(config, num_experts=0, expert_ffn_size=None, nest=without)
+    if len(letters) < 2:
+        config = replace(config, gate_size=0)
     if set(own) == {old.hidden_size}:
         # all of every block: an ordinary model
         config = replace(config, layer_widths=None)
@@ -71,9 +79,23 @@ def _extracted_config(old: ModelConfig, plan: ElasticPlan) -> ModelConfig:
     return resolve_model(config)
 
 
+def _same_exits(old: CanonicalSource) -> dict[str, Any]:
+    """Exits begin where they began, though the depth that they are derived from may be another."""
+    elastic = old.opened.config.get("elastic")
+    if not old.config.gate_size or not isinstance(elastic, dict):
+        return {}
+    return {
+        "elastic": {**elastic, "min_exit_layer": elastic.get("min_exit_layer") or earliest_exit(old.config.num_layers)}
+    }
+
+
 def _leading(spec: ParamSpec, old: CanonicalSource, folder: TensorFolder) -> PlannedTensor:
     """Widths and units nest, and blocks are left out at the end alone: every tensor is the beginning of its namesake,
     along every axis."""
+    if spec.name not in old.opened.weights:
+        # its last quarter begins earlier: what lets tokens of it widen is yet to learn
+        fresh = partial(initial_tensor, spec, 0)
+        return PlannedTensor(spec.name, spec.shape, torch.float32, f"new: {spec.init}", fresh)
     whole = old.opened.weights[spec.name].shape
     origin = spec.name if whole == spec.shape else f"{spec.name}, the beginning of {list(whole)}"
     read = partial(folder.leading, spec.name, spec.shape)

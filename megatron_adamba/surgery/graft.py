@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.gates import stored_manifest
+from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.pattern import parse_pattern
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.elastic.sampler import earliest_exit
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.init import initial_tensor
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
@@ -35,10 +38,16 @@ def graft(source: Path, pattern: str, mamba: dict[str, Any], seed: int) -> Job:
     # vectors (time steps, decays) keep fp32; matrices take the dtype of the trained ones
     dtype = old.dtype("embedding.weight")
     plan = []
-    for spec in manifest(config):
+    for spec in stored_manifest(config):
         name = _old_name(spec.name, origins)
-        plan.append(_new(spec, seed, dtype) if name is None else _kept(spec, name, old))
-    values = {**old.opened.config, "model": asdict(config)}
+        if name is None or name not in old.opened.weights:
+            # of new blocks, and gates behind what was the last block, or that now lie in the last quarter
+            plan.append(_new(spec, seed, dtype))
+        elif spec.name.startswith("predictor.down."):
+            plan.append(_spread(spec, name, old, origins))
+        else:
+            plan.append(_kept(spec, name, old))
+    values = {**old.opened.config, "model": asdict(config), **_moved_exits(old, origins)}
     arguments = {"pattern": config.block_pattern, "seed": seed, **{key: mamba[key] for key in sorted(mamba)}}
     history = extended_history(source, "graft", arguments, "canonical")
     return Job(tuple(plan), values, history, PROMISE, old.tokenizer_files())
@@ -102,6 +111,28 @@ def _old_name(name: str, origins: dict[int, int]) -> str | None:
     _, index, rest = name.split(".", 2)
     place = origins.get(int(index))
     return None if place is None else f"blocks.{place}.{rest}"
+
+
+def _spread(spec: ParamSpec, name: str, old: CanonicalSource, origins: dict[int, int]) -> PlannedTensor:
+    """One row a block: old ones go with theirs, new blocks have zeros."""
+
+    def make() -> Tensor:
+        rows = old.read(name)
+        spread = rows.new_zeros(spec.shape)
+        spread[list(origins)] = rows[list(origins.values())]
+        return spread
+
+    return PlannedTensor(spec.name, spec.shape, old.dtype(name), f"{name}, a row for each old block", make)
+
+
+def _moved_exits(old: CanonicalSource, origins: dict[int, int]) -> dict[str, Any]:
+    """The earliest exit stays behind the same old block."""
+    elastic = old.opened.config.get("elastic")
+    if not old.config.gate_size or not isinstance(elastic, dict):
+        return {}
+    first = elastic.get("min_exit_layer") or earliest_exit(old.config.num_layers)
+    place = next(new for new, index in origins.items() if index == min(first, len(origins)) - 1)
+    return {"elastic": {**elastic, "min_exit_layer": place + 1}}
 
 
 def _kept(spec: ParamSpec, name: str, old: CanonicalSource) -> PlannedTensor:

@@ -15,7 +15,7 @@ from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.checkpoint.shards import TensorInfo
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
-from megatron_adamba.surgery.sources import TensorFolder
+from megatron_adamba.surgery.sources import OWN_DTYPES, TensorFolder
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 _PIECE = 2**22
@@ -36,7 +36,7 @@ def merge_average(sources: Sequence[Path], weights: Sequence[float] | None = Non
     for source, other in zip(sources[1:], opened[1:]):
         _check_same(first, other, sources[0], source)
     origin = f"mean of {len(sources)}"
-    folders = [TensorFolder(source) for source in sources]
+    folders = [TensorFolder(source, OWN_DTYPES) for source in sources]
     tensors = tuple(
         PlannedTensor(name, info.shape, info.dtype, origin, partial(_mean, name, info, folders, weights))
         for name, info in first.opened.weights.items()

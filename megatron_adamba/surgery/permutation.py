@@ -41,6 +41,8 @@ def axis_roles(name: str) -> tuple[str | None, ...]:
     if ".mixer." in name:
         # channels inside a Mamba mixer keep their places, as all of them always run
         return {"in_proj": (None, "hidden"), "out_proj": ("hidden", None)}.get(owner.rsplit(".", 1)[-1], ())
+    if owner.startswith("predictor.") or "_gate." in owner:
+        return (None, "hidden") if name.endswith("up.weight") else ()
     if owner in ("embedding", "head"):
         return (None, "hidden")
     return ("hidden",) if leaf == "weight" else _BY_LEAF[leaf]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_adamba.blueprint.manifest import ParamSpec, manifest
+from megatron_adamba.blueprint.gates import gate_manifest, stored_manifest
+from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.data.loader import MicroBatch
@@ -60,7 +61,7 @@ def reorder(
     if len(old.config.nest) == 1:
         raise ConfigError(f"{source}: has one width alone ({old.config.widths[0]}), for which no order is better")
     model = AdambaModel(old.config, device="meta").to_empty(device="cpu").requires_grad_(False).eval()
-    load_into(model, source)
+    load_into(model, source, elsewhere={spec.name for spec in gate_manifest(old.config)})
     order, trials, kept = chosen_order(old, model, calibration, kinds)
     losses = {f"{trial.kind} by {trial.measure}": [trial.before, trial.after] for trial in trials}
     names = [f"{trial.kind} by {trial.measure}" for trial in kept]
@@ -76,7 +77,7 @@ def shuffle(source: Path, seed: int) -> Job:
 
 
 def _job(old: CanonicalSource, source: Path, order: Order, arguments: dict[str, Any], result: str) -> Job:
-    plan = tuple(_planned(old, spec, order) for spec in manifest(old.config))
+    plan = tuple(_planned(old, spec, order) for spec in stored_manifest(old.config))
     history = extended_history(source, "reorder", arguments, "canonical")
     promise = f"the logits are the source's at full width; {result}"
     values = old.opened.config

@@ -21,6 +21,8 @@ from megatron_adamba.checkpoint.shards import TensorInfo
 from megatron_adamba.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+OWN_DTYPES = {**DTYPES, "F16": torch.float16}
+"""of canonical checkpoints"""
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "uint8"}
 _PIECE = 2**24
 """bytes that are read at once, or those of one row"""
@@ -43,12 +45,13 @@ class TensorFolder:
     Raises CheckpointError naming a file that is missing, damaged, a pickle, or holds what the index does not say.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
+        """dtypes: that are read, by the format's names; None: those of published checkpoints."""
         self.folder = folder
         places = _read_index(folder)
         self.entries: dict[str, Entry] = {}
         for path in _tensor_files(folder, places):
-            for name, info, start in _read_infos(path):
+            for name, info, start in _read_infos(path, dtypes or DTYPES):
                 if name in self.entries:
                     raise CheckpointError(f"{path}: tensor {name} is in {self.entries[name].path.name} too")
                 self.entries[name] = Entry(path, info, start)
@@ -160,16 +163,16 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})")
 
 
-def _read_infos(path: Path) -> Iterator[tuple[str, TensorInfo, int]]:
+def _read_infos(path: Path, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, TensorInfo, int]]:
     """From the header, which the library compares with the size of the file; the last is a tensor's first byte."""
     try:
         with safe_open(path, framework="pt") as stream:
             starts = _starts(path)
             for name in sorted(stream.keys()):
                 part = stream.get_slice(name)
-                if part.get_dtype() not in DTYPES:
-                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}; one of {', '.join(DTYPES)} is read")
-                yield name, TensorInfo(tuple(part.get_shape()), DTYPES[part.get_dtype()]), starts[name]
+                if part.get_dtype() not in dtypes:
+                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}; one of {', '.join(dtypes)} is read")
+                yield name, TensorInfo(tuple(part.get_shape()), dtypes[part.get_dtype()]), starts[name]
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from None
 

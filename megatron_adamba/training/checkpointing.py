@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_adamba.blueprint.gates import gate_manifest
 from megatron_adamba.checkpoint.background import BackgroundSaver
 from megatron_adamba.checkpoint.canonical import canonical_from_training
 from megatron_adamba.checkpoint.training import (
@@ -24,6 +25,8 @@ from megatron_adamba.training.start import checkpoint_root
 def start_saving(run: Run, saver: BackgroundSaver, counters: dict[str, Any]) -> None:
     """Training may go on when this returns. counters: the trainer's own JSON values, `step` among them."""
     fragments = own_fragments(run.session)
+    if run.gates is not None and run.gates.writes:
+        fragments |= run.gates.fragments()
     config = run.plan.config.to_dict()
     config["tokenizer_hash"] = run.plan.tokenizer.hash
     state = {"counters": dict(counters), "config": config, "history": run.history}
@@ -38,9 +41,13 @@ def resume(run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """
     together(lambda: verify_files(folder, (dist.get_rank(), dist.get_world_size())))
     state = together(lambda: _checked_state(run, folder))
+    gates = {spec.name for spec in gate_manifest(run.plan.config.model)}
     counters, run.history = state["counters"], state.get("history", [])
     change = describe_phase_change(run.plan.specs, state["config"].get("train"), run.plan.config.train)
     report = restore(run.session, folder, counters["optimizer_steps"])
+    report["dropped"] = [name for name in report["dropped"] if name.partition("/")[2] not in gates]
+    if state["config"]["model"].get("gate_size"):
+        together(lambda: None if run.gates is None else run.gates.restore(folder, counters.get("gate_steps", 0)))
     lines = [change] if change else []
     if change or report["reset"] or report["dropped"]:
         lines += [
@@ -52,6 +59,13 @@ def resume(run: Run, folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
     state = read_state(folder)
     ours, theirs = run.plan.config.to_dict()["model"], state["config"]["model"]
+    if not theirs.get("gate_size"):
+        theirs = theirs | {"gate_size": ours["gate_size"]}
+    if theirs["gate_size"] and not ours["gate_size"]:
+        raise CheckpointError(
+            f"{folder}: holds gates, which this run leaves out; add --model.gate_size {theirs['gate_size']} to carry "
+            "them along"
+        )
     for key, value in ours.items():
         if theirs.get(key) != value:
             raise CheckpointError(f"{folder}: was trained with model.{key} {theirs.get(key)}, this run has {value}")

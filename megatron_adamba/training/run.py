@@ -21,10 +21,11 @@ from megatron_adamba.config.ds_config import (
     zero_stage,
 )
 from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.sections import default_predictor
 from megatron_adamba.data.blend import build_dataset, open_dataset
 from megatron_adamba.data.packed import EvaluationBatches, evaluation_batches
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_adamba.elastic.sampler import PlanSampler
+from megatron_adamba.elastic.sampler import PlanSampler, earliest_exit
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.launch import RankInfo
 from megatron_adamba.engine.old_weights import slow_old_weights
@@ -36,6 +37,8 @@ from megatron_adamba.parallel.expert import expert_parallel
 from megatron_adamba.parallel.tensor import tensor_parallel
 from megatron_adamba.parallel.topology import RankGrid, Topology, build_topology
 from megatron_adamba.training.freeze import freeze_groups
+from megatron_adamba.training.gate_setup import GateSetup, gates_train
+from megatron_adamba.training.gates import GateTrainer
 from megatron_adamba.training.start import check_start, find_resume, load_start
 
 
@@ -67,6 +70,10 @@ class Run:
     frozen: int
     history: list[dict[str, Any]]
     """surgery before the run (`checkpoint.history`)"""
+    gate_setup: GateSetup | None = None
+    """where the model has gates"""
+    gates: GateTrainer | None = None
+    """on the ranks with its head"""
 
     @property
     def run_dir(self) -> Path:
@@ -94,7 +101,9 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
             "--train.phase 3: goes on with a model that was made wider, and this one was not; start from one with "
             "--checkpoint.init_from, made by tools/surgery.py expand, or take --train.phase 2"
         )
+    config = _with_gates(config)
     PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
+    _prompt_end(config.data.prompt_end, tokenizer)
     # once more, as some rules look at the vocabulary
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
     stages = plan_stages(config.model, config.parallel, config.train.seq_len, pattern)
@@ -127,7 +136,64 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     if config.train.phase == 3:
         slow_old_weights(session, config.model, config.optimizer.old_lr_scale)
     sampler = PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
-    return Run(plan, session, dataset, sampler, validation, frozen, history)
+    setup = _gate_setup(plan, sampler) if config.model.gate_size else None
+    gates = None
+    if setup is not None and topology.place("pp") == plan.stages.loss_rank:
+        gates = GateTrainer(setup, topology, rank_info.device)
+        if config.checkpoint.init_from is not None:
+            gates.load(config.checkpoint.init_from)
+    return Run(plan, session, dataset, sampler, validation, frozen, history, setup, gates)
+
+
+def _with_gates(config: AdambaConfig) -> AdambaConfig:
+    """Where gates train, the model with them, and what they were trained for in so many words. Raises ConfigError."""
+    gates, elastic = config.gates, config.elastic
+    if not gates_train(config):
+        return config
+    if gates.predictor == "relative" and elastic.width_sampling != "sandwich":
+        raise ConfigError(
+            f"--gates.predictor relative: compares narrow passes with full ones, which --elastic.width_sampling "
+            f"{elastic.width_sampling} does not make; take sandwich, or --gates.predictor original"
+        )
+    if config.model.num_layers < 2:
+        raise ConfigError("--gates.train: a model of one block has nothing to leave out; add a block, or turn it off")
+    first = elastic.min_exit_layer or earliest_exit(config.model.num_layers)
+    if first >= config.model.num_layers:
+        raise ConfigError(
+            f"--elastic.min_exit_layer {first}: leaves no layer of {config.model.num_layers} to train gates behind; "
+            f"try {earliest_exit(config.model.num_layers)}, or --gates.train false"
+        )
+    return replace(
+        config,
+        model=config.model if config.model.gate_size else replace(config.model, gate_size=gates.size),
+        gates=replace(gates, predictor=gates.predictor or default_predictor(elastic.width_sampling)),
+        elastic=replace(elastic, min_exit_layer=first),
+    )
+
+
+def _gate_setup(plan: RunPlan, sampler: PlanSampler) -> GateSetup:
+    config, tokenizer = plan.config, plan.tokenizer
+    return GateSetup(
+        model=config.model,
+        gates=config.gates,
+        trains=gates_train(config),
+        min_exit_layer=sampler.min_exit_layer,
+        passes=sampler.passes,
+        seq_len=config.train.seq_len,
+        seed=config.train.seed,
+        eod_id=tokenizer.eod_id,
+        prompt_end=_prompt_end(config.data.prompt_end, tokenizer),
+    )
+
+
+def _prompt_end(text: str | None, tokenizer: Tokenizer) -> int | None:
+    """Raises ConfigError where it is not one token."""
+    if text is None:
+        return None
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise ConfigError(f"--data.prompt_end {text!r}: is {len(ids)} tokens of this tokenizer; give the text of one")
+    return ids[0]
 
 
 def _build_session(plan: RunPlan, model: AdambaModel, rank_info: RankInfo, topology: Topology) -> TrainingSession:

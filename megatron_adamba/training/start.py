@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_adamba.blueprint.manifest import manifest
+from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import read_history
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
@@ -68,7 +69,11 @@ def load_start(model: AdambaModel, folder: str) -> list[dict[str, Any]]:
 
 
 def _load(model: AdambaModel, folder: Path) -> list[dict[str, Any]]:
-    held, specs = open_checkpoint(folder).weights, {spec.name: spec for spec in manifest(model.config)}
+    opened, config = open_checkpoint(folder), model.config
+    if not opened.config.get("model", {}).get("gate_size"):
+        # gates that the checkpoint does not have begin with this run
+        config = replace(config, gate_size=0)
+    held, specs = opened.weights, {spec.name: spec for spec in stored_manifest(config)}
     for name in sorted(specs.keys() | held.keys()):
         theirs = held[name].shape if name in held else "none"
         ours = specs[name].shape if name in specs else "none"

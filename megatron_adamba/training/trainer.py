@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
-from megatron_adamba.engine.session import MicroStep
+from megatron_adamba.engine.session import MicroStep, StepReport
 from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
 from megatron_adamba.files import as_storage_error
@@ -49,6 +50,7 @@ class Trainer:
         self.dp, self.dp_rank = topology.size("dp"), topology.place("dp")
         self.accumulation = self.num_micro_batches // self.dp
         self.counters = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0}
+        self.counters["gate_steps"] = 0
         self.log = logging.getLogger("megatron_adamba")
         self.ranks_per_replica = topology.size("model")
         self.flops, self.labels = 0.0, {}
@@ -99,7 +101,8 @@ class Trainer:
         folder = find_resume(self.config)
         if folder is None:
             return
-        self.counters, lines = resume(self.run, folder)
+        counters, lines = resume(self.run, folder)
+        self.counters |= counters
         for line in lines:
             self._say(line)
         self._say(f"resumed from {folder} at step {self.counters['step']}")
@@ -122,15 +125,17 @@ class Trainer:
         factor = learning_rate_factor(self.config.optimizer, step, train.steps)
         self.session.set_learning_rates(factor)
         self.flops, self.labels = 0.0, {}
-        report = self.session.train_step(self._micro_steps(batches, step))
+        plans, spans = [], []
+        report = self.session.train_step(self._micro_steps(batches, step, plans, spans))
         self.loads = report.loads
+        errors = self._train_gates(plans, spans, report, factor)
         passes = report.losses.view(self.accumulation, self.run.sampler.passes)
         mean = self.session.mean_over_ranks(passes.mean(0))
         self.counters["step"] += 1
         self.counters["consumed_samples"] += train.global_batch_size
         self._count(report.result.skipped)
         seconds = time.perf_counter() - start
-        record = self._record(mean, "+".join(self.labels), factor, report.result, seconds)
+        record = self._record(mean, "+".join(self.labels), factor, report.result, seconds) | errors
         logged = self.counters["step"] % self.config.logging.interval == 0 or self.counters["step"] == train.steps
         if logged and self.loads:
             record["expert_load"] = self._expert_load()
@@ -140,16 +145,45 @@ class Trainer:
                 self._write(writer, record)
                 self.log.info("step %d loss %.6f grad_norm %s", record["step"], record["loss"], record["grad_norm"])
 
-    def _micro_steps(self, batches: MicroBatchLoader, step: int) -> Iterator[MicroStep]:
-        """Every pass of this replica's micro-batches."""
+    def _train_gates(
+        self, plans: list[ElasticPlan], spans: list[Tensor], report: StepReport, factor: float
+    ) -> dict[str, float]:
+        """Their step, once they have begun, on the ranks that have them; the mean errors, on all ranks."""
+        if not spans or report.result.skipped:
+            return {}
+        gates = self.run.gates
+        errors = torch.zeros(3, device=self.device)
+        if gates is not None:
+            errors = self.session.mean_over_ranks(gates.learn(plans, report.taps, spans, factor))
+        topology = self.session.topology
+        if topology.size("pp") > 1:
+            dist.broadcast(errors, group=topology.group("pp"), group_src=self.run.plan.stages.loss_rank)
+        self.counters["gate_steps"] += 1
+        return dict(zip(("gate_error", "expansion_error", "predictor_error"), errors.tolist()))
+
+    def _micro_steps(
+        self, batches: MicroBatchLoader, step: int, plans: list[ElasticPlan], spans: list[Tensor]
+    ) -> Iterator[MicroStep]:
+        """Every pass of this replica's micro-batches; plans and documents are put on record."""
+        setup = self.run.gate_setup
         for index in range(self.accumulation):
             batch = self.last_batch = next(batches)
             number = index * self.dp + self.dp_rank
+            taps = None
+            begun = setup is not None and setup.begun(step)
+            # stages agree on the size of what travels once and for all, so in a pipeline states travel from the
+            # first step on
+            if begun or (setup is not None and setup.trains and self.session.topology.size("pp") > 1):
+                found = setup.spans(batch)
+                taps = setup.request(step, found, self.device)
+                if begun:
+                    spans.append(found)
             for k in range(self.run.sampler.passes):
                 plan = self.run.sampler.micro_batch_plan(step, number, self.num_micro_batches, k)
                 self.labels[plan.label] = None
                 self._count_flops(plan)
-                yield MicroStep(**self._inputs(batch), plan=plan)
+                plans.append(plan)
+                yield MicroStep(**self._inputs(batch), plan=plan, taps=taps)
 
     def _expert_load(self) -> dict[str, list[float]]:
         """By block: each expert's share of the choices in this step, times the number of experts; 1 is balanced."""

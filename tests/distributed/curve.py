@@ -337,7 +337,8 @@ def tapped_curve(info, arguments: dict[str, Any], stage: int = 1, **layout: Any)
     """A job: three steps in which every pass leaves taps; the curve, and sums of each pass's states by layer."""
     config = run_config(**arguments)
     session = build_session(info, config, stage, **layout)
-    request = TapRequest((0, 1, 3, 4), torch.tensor([0, 5, 9]), first_tokens=2)
+    documents = torch.tensor([[0, 2]]).expand(2, 1, 2)
+    request = TapRequest((0, 1, 3), torch.tensor([0, 5, 9]), documents)
     sampler, curve, states = PlanSampler(config.model, config.elastic, config.train.seed), [], []
     for step in range(3):
         session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
@@ -351,5 +352,5 @@ def tapped_curve(info, arguments: dict[str, Any], stage: int = 1, **layout: Any)
         for taps in report.taps:
             assert not any(taps.layer(layer).requires_grad for layer in request.layers)
             states.append([taps.layer(layer).double().sum(-1).tolist() for layer in request.layers])
-            states[-1].append(taps.first_tokens.double().sum(-1).tolist())
+            states[-1].append(taps.mean_embeddings.double().sum(-1).tolist())
     return {"curve": curve, "states": states}

@@ -169,7 +169,7 @@ def sublayer(
             outputs, gradients = [], []
             for model, form in ((whole, lambda t: t), (shard, lambda t: own_part(t, tp))):
                 seq_idx = documents(batch, seq) if packed else None
-                context = model.make_context(seq, 0, x.device, seq_idx, mode)
+                context = model.training_context(torch.zeros(batch, seq), seq_idx, mode)
                 layer, mine = model.get_submodule(prefix), form(x).clone().requires_grad_()
                 if name.endswith("norm"):
                     y = layer(mine)

@@ -99,7 +99,7 @@ def test_taps_reach_the_head_and_change_nothing(workers, ranks, layout, head):
     for job in (alone, *found):
         for (loss, norm), (wanted, wanted_norm) in zip(job["curve"], expected, strict=True):
             assert abs(loss - wanted) < 1e-5 and abs(norm - wanted_norm) < 1e-5 * wanted_norm
-    assert len(alone["states"]) == 12 and len(alone["states"][0]) == 5
+    assert len(alone["states"]) == 12 and len(alone["states"][0]) == 4
     for rank, job in enumerate(found):
         assert bool(job["states"]) == (rank == head or (rank == 3 and "tp" in layout))
     for one, other in zip(found[head]["states"], alone["states"], strict=True):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from training.runs import environment
+from training.runs import environment, free_port
 
 HERE = Path(__file__).parent
 
@@ -26,7 +25,7 @@ HERE = Path(__file__).parent
 )
 def test_the_job_ends(how, at, schedule):
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    port = str(random.randint(20000, 40000))
+    port = str(free_port())
     words = ["-q", "--num_gpus", "2", "--master_port", port, str(HERE / "failing_stage.py"), how, str(at), schedule]
     start = time.monotonic()
     done = subprocess.run(

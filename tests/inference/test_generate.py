@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from oracles.dense import randomize
+from inference.decoding import (
+    TOLERANCE,
+    WIDTHS,
+    begun,
+    generated,
+    loaded_model,
+    random_model,
+    random_prompt,
+    step_by_step,
+)
 
-from megatron_adamba.blueprint.resolve import resolve_model
-from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
 from megatron_adamba.errors import ConfigError
-from megatron_adamba.inference.generate import Sampling, choose, generate, make_caches
-from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.inference.decoder import Decoder
+from megatron_adamba.inference.generate import Generation, GenerationRequest
+from megatron_adamba.inference.policy import ComputePolicy
+from megatron_adamba.inference.sampling import Sampling, choose
 
-VOCAB, WIDTHS = 37, [8, 16, 32]
-TOLERANCE = 5e-5
-"""of logits up to 10: the scan over a sequence and its single steps add up in another order"""
 MODELS = {
     "attention": {"block_pattern": "TT"},
     "attention, grouped, tied": {
@@ -40,46 +48,6 @@ MODELS = {
 }
 
 
-def random_model(**changes) -> AdambaModel:
-    shape = {
-        "hidden_size": 32,
-        "vocab_size": VOCAB,
-        "head_dim": 8,
-        "num_heads": 4,
-        "ffn_granule": 16,
-        "widths": WIDTHS,
-        "mamba_d_state": 8,
-        "mamba_head_dim": 8,
-        "mamba_chunk_size": 4,
-        "mamba_use_mlp": True,
-        **changes,
-    }
-    model = AdambaModel(resolve_model(ModelConfig(**shape)))
-    randomize(model, seed=11)
-    return model.requires_grad_(False).eval()
-
-
-def random_prompt(batch: int = 2, length: int = 5) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(4))
-
-
-def step_by_step(model: AdambaModel, plan: ElasticPlan, prompt: torch.Tensor, steps: int = 9) -> None:
-    """Each step's logits are those of a full pass over everything so far, and so is the token taken."""
-    caches = make_caches(model, plan, prompt.shape[0], prompt.shape[1] + steps)
-    fed, so_far, greedy = prompt, prompt, []
-    for _ in range(steps):
-        got = model.forward_cached(fed, plan, caches)
-        want = model(so_far, plan=plan)[:, -1]
-        assert got.shape == (prompt.shape[0], VOCAB) and got.dtype == torch.float32
-        assert (got - want).abs().max() <= TOLERANCE
-        fed = want.argmax(-1, keepdim=True)
-        assert torch.equal(got.argmax(-1, keepdim=True), fed)
-        greedy.append(fed)
-        so_far = torch.cat([so_far, fed], dim=1)
-    made = torch.stack(list(generate(model, prompt, plan, steps, Sampling())), dim=1)
-    assert torch.equal(made, torch.cat(greedy, dim=1))
-
-
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_caches_change_nothing(name, width):
@@ -99,7 +67,8 @@ def test_caches_with_an_early_exit(exit_layer):
     model = random_model(block_pattern="TMT")
     plan = ElasticPlan((16, 16, 16), exit_layer)
     step_by_step(model, plan, random_prompt())
-    assert [cache is None for cache in make_caches(model, plan, 1, 4)] == [i >= exit_layer for i in range(3)]
+    decoder, _ = begun(model, plan, random_prompt(), 8)
+    assert [decoder.narrow[index].keys.numel() > 0 for index in (0, 2)] == [exit_layer > 0, exit_layer > 2]
 
 
 @pytest.mark.parametrize("length", [1, 4, 13])
@@ -112,30 +81,42 @@ def test_prompts_of_any_length(length):
 def test_the_cache_holds_the_groups_of_its_width_alone():
     model = random_model(block_pattern="TM", num_kv_groups=4)
     for width, groups in zip(WIDTHS, (1, 2, 4)):
-        keys = make_caches(model, uniform_plan(model.config, width), 3, 7)[0].keys
-        assert keys.shape == (3, 7, groups, 8)
+        decoder, _ = begun(model, uniform_plan(model.config, width), random_prompt(3), 7)
+        assert decoder.narrow[0].keys.shape == (3, 7, groups, 8)
 
 
-def test_a_prompt_may_arrive_in_pieces():
-    model = random_model(block_pattern="TMT")
+def test_a_window_is_a_ring():
+    model = random_model(block_pattern="TT", sliding_window=3, window_pattern="SL")
+    decoder, _ = begun(model, uniform_plan(model.config, 32), random_prompt(2, 20), 100)
+    assert decoder.narrow[0].keys.shape[1] == 3 and decoder.narrow[1].keys.shape[1] == 64
+    per_place = 2 * 2 * 4 * 8 * 4
+    assert decoder.cache_bytes == 3 * per_place + 64 * per_place
+
+
+@pytest.mark.parametrize("pieces", [[3, 4, 1], [1, 1, 6], [8], [7, 1]])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_prompt_may_arrive_in_pieces(pieces, version):
+    model = random_model(block_pattern="TMT", mamba_version=version, sliding_window=3, window_pattern="SL")
     plan, prompt = uniform_plan(model.config, 32), random_prompt(2, 8)
-    caches = make_caches(model, plan, 2, 8)
-    for piece in prompt.split([3, 4, 1], dim=1):
-        logits = model.forward_cached(piece, plan, caches)
-    assert (logits - model(prompt, plan=plan)[:, -1]).abs().max() <= TOLERANCE
+    decoder = Decoder(model, 2, 8)
+    for slot, row in enumerate(prompt):
+        decoder.begin(slot, ComputePolicy(plan))
+        for piece in row.split(pieces):
+            logits = decoder.prefill(slot, piece).logits
+        assert (logits - model(row[None], plan=plan)[:, -1]).abs().max() <= TOLERANCE
 
 
 def test_rows_of_a_batch_do_not_meet():
     model = random_model(block_pattern="TM")
     plan, prompt = uniform_plan(model.config, 16), random_prompt(3)
-    together = torch.stack(list(generate(model, prompt, plan, 6, Sampling())), dim=1)
-    alone = [torch.stack(list(generate(model, row[None], plan, 6, Sampling())), dim=1) for row in prompt]
+    together = generated(model, prompt, plan, 6)
+    alone = [generated(model, row[None], plan, 6) for row in prompt]
     assert torch.equal(together, torch.cat(alone))
 
 
 def tokens_of(model, sampling: Sampling, steps: int = 12) -> list[int]:
     plan = uniform_plan(model.config, 32)
-    return [int(token) for token in generate(model, random_prompt(1), plan, steps, sampling)]
+    return generated(model, random_prompt(1), plan, steps, sampling)[0].tolist()
 
 
 def test_a_seed_gives_one_text_and_another_seed_another():
@@ -184,41 +165,57 @@ def test_tokens_come_up_as_often_as_they_should(sampling, shares):
         assert share == 0 if want == 0 else abs(share - want) < 0.04
 
 
-def test_it_stops_when_every_row_has_stopped():
-    model = random_model(block_pattern="TT")
-    plan, prompt = uniform_plan(model.config, 32), random_prompt(2)
-    full = torch.stack(list(generate(model, prompt, plan, 12, Sampling())), dim=1)
-    stop = int(full[0, 3])
-    made = torch.stack(list(generate(model, prompt, plan, 12, Sampling(), stop_token=stop)), dim=1)
-    hits = [(row == stop).nonzero().flatten().tolist() for row in full]
-    length = max(hit[0] for hit in hits) + 1 if all(hits) else 12
-    assert torch.equal(made, full[:, :length])
-    alone = list(generate(model, prompt[:1], plan, 12, Sampling(), stop_token=stop))
-    assert int(alone[-1]) == stop and len(alone) == hits[0][0] + 1
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"max_new_tokens": 0}, r"--max-new-tokens 0: must be above 0"),
-        ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, r"--prompt: is empty"),
+        ({"prompt": ()}, r"--prompt: is empty"),
         ({"sampling": Sampling(temperature=-1.0)}, r"--temperature -1.0: must lie between 0 and 100"),
         ({"sampling": Sampling(top_k=-1)}, r"--top-k -1: must lie between"),
         ({"sampling": Sampling(top_p=1.5)}, r"--top-p 1.5: must lie between 0 and 1"),
         ({"sampling": Sampling(temperature=float("nan"))}, r"--temperature nan"),
+        ({"sampling": Sampling(repetition_penalty=0.0)}, r"--repetition-penalty 0.0: must lie between 0.01 and 100"),
+        ({"sampling": Sampling(seed=-1)}, r"--seed -1: must lie between"),
+        ({"max_new_tokens": 8}, r"--max-new-tokens 8: with a prompt of 2 tokens .* the 9 of this context; at most 7"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(changes, message):
     model = random_model(block_pattern="T")
-    arguments = {
-        "prompt": random_prompt(1),
-        "plan": uniform_plan(model.config, 32),
-        "max_new_tokens": 3,
-        "sampling": Sampling(),
-        **changes,
-    }
+    generation = Generation(loaded_model(model), 1, 9)
+    policy = ComputePolicy(uniform_plan(model.config, 32))
     with pytest.raises(ConfigError, match=message):
-        next(generate(model, **arguments))
+        generation.add(GenerationRequest(**{"prompt": (1, 2), "policy": policy, "max_new_tokens": 3} | changes))
+    assert generation.free == [0] and not generation.running
+
+
+def test_a_request_that_fails_gives_its_place_back():
+    """A token id that the tokenizer does not know, and a model whose logits are not finite; the next one runs."""
+    loaded = loaded_model(random_model(block_pattern="T"))
+    policy = ComputePolicy(uniform_plan(loaded.model.config, 32))
+    generation = Generation(loaded, 2, 20)
+    request = GenerationRequest((1, 2), policy, 4, Sampling(temperature=1.0))
+    with pytest.raises(ConfigError, match="token id 37 is not in the vocabulary of 37"):
+        generation.add(replace(request, prompt=(1, 37)))
+    weight = loaded.model.head.weight.clone()
+    loaded.model.head.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError):
+        generation.add(request)
+    assert generation.free == [0, 1] and not generation.running and not generation.kept
+    loaded.model.head.weight.copy_(weight)
+    sequence, _ = generation.add(request)
+    assert sequence.slot == 0 and len(generation.step()) == 1
+
+
+def test_padding_of_the_vocabulary_is_never_chosen():
+    """The model knows more ids than the tokenizer."""
+    loaded = loaded_model(random_model(block_pattern="T", vocab_size=300))
+    loaded.model.head.weight[257:] *= 100
+    generation = Generation(loaded, 1, 50)
+    request = GenerationRequest((1,), ComputePolicy(uniform_plan(loaded.model.config, 32)), 30, stop_at_eod=False)
+    made = [generation.add(request)[1].token]
+    while generation.running:
+        made += [new.token for new in generation.step()]
+    assert len(made) == 30 and max(made) < 257
 
 
 def test_a_width_outside_the_nest_is_refused_with_the_nearest():

@@ -8,7 +8,6 @@ import torch
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.model.adamba import AdambaModel
-from megatron_adamba.ops.nested_linear import Accumulation
 from megatron_adamba.ops.rotary import Yarn
 
 SHAPES = {
@@ -170,7 +169,7 @@ def test_a_narrow_width_is_the_model_of_its_slices():
             whole = block.get_parameter(name)
             parameter.copy_(whole[:1] if name.endswith("gain") else whole[tuple(slice(0, n) for n in parameter.shape)])
     x = torch.randn(2, 9, 48, generator=generator)
-    context = model.make_context(9, 0, x.device, None, Accumulation.DIRECT)
+    context = model.training_context(torch.zeros(2, 9), None)
     out = block(x, row, context)
     assert torch.equal(out[..., row.width :], x[..., row.width :])
     want = dense(x[..., : row.width], small.nest[0], context)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from inference.decoding import generated
 from oracles.dense import DenseModel, used_part
 from surgery.nested_models import (
     KINDS,
@@ -33,10 +35,10 @@ from megatron_adamba.checkpoint.canonical import read_tensors
 from megatron_adamba.config.root import read_model_config
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan, uniform_plan
 from megatron_adamba.errors import CheckpointError, ConfigError
-from megatron_adamba.inference.generate import Sampling, generate
 from megatron_adamba.inference.load import load_model
 from megatron_adamba.surgery.extract import extract
 from megatron_adamba.surgery.graft import graft
+from megatron_adamba.surgery.sources import TensorFolder
 from megatron_adamba.surgery.writing import write_job
 
 WIDTHS = (8, 16, 32)
@@ -128,6 +130,25 @@ def test_against_dense_layers(kind, tmp_path):
     assert not held
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_part_keeps_its_dtype(dtype, tmp_path):
+    source = saved(source_model("mixed"), tmp_path / "a", dtype)
+    got = dict(read_tensors(made(extract(source, width=16), tmp_path / "b")))
+    whole = dict(read_tensors(source))
+    for name, tensor in got.items():
+        assert torch.equal(tensor, whole[name][tuple(slice(n) for n in tensor.shape)]) and tensor.dtype == dtype
+
+
+def test_a_file_that_loses_its_end_while_it_is_read_is_named(tmp_path):
+    """The library looks at the size when it opens a file; afterwards it may still shrink."""
+    source = saved(source_model("T"), tmp_path / "a")
+    folder = TensorFolder(source)
+    name, entry = next((name, entry) for name, entry in folder.entries.items() if len(entry.info.shape) == 2)
+    whole = folder.leading(name, entry.info.shape)
+    os.truncate(entry.path, entry.start + whole.numel() * whole.element_size() - 1)
+    refused(lambda: folder.leading(name, entry.info.shape), str(entry.path), "ends in the middle of a tensor")
+
+
 @pytest.mark.parametrize(("kind", "widths", "exit_layer"), PER_LAYER)
 def test_every_tensor_is_the_beginning_of_its_source_or_of_a_block_left_out(kind, widths, exit_layer, tmp_path):
     source = saved(source_model(kind), tmp_path / "a", torch.bfloat16)
@@ -207,10 +228,10 @@ def test_caches_and_generation(kind, tmp_path):
     new = load(made(extract(saved(model, tmp_path / "a"), None, own), tmp_path / "b"))
     prompt = some_tokens(length=9)
     plan = ElasticPlan(tuple(own), len(own))
-    want = torch.stack(list(generate(model, prompt, plan, 8, Sampling())), 1)
-    assert torch.equal(torch.stack(list(generate(new, prompt, full_plan(new.config), 8, Sampling())), 1), want)
+    want = generated(model, prompt, plan, 8)
+    assert torch.equal(generated(new, prompt, full_plan(new.config), 8), want)
     wide = uniform_plan(new.config, new.config.widths[-1])
-    assert torch.equal(torch.stack(list(generate(new, prompt, wide, 8, Sampling())), 1), want)
+    assert torch.equal(generated(new, prompt, wide, 8), want)
 
 
 def run_tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:

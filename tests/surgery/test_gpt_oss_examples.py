@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.runs import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -42,7 +43,7 @@ def test_the_whole_road(data, tmp_path):
     small = "--model.hidden_size 64 --model.num_heads 4 --model.num_kv_groups 2 --model.head_dim 16 "
     small += "--model.expert_ffn_size 64 --model.widths [16,32,64] --train.seq_len 64 --optimizer.name adamw"
     places = {"DATA": str(data), "STEPS": "10", "MODEL_SETTINGS": small, "WIDTHS": "16,32,64", "OMP_NUM_THREADS": "1"}
-    places |= {"MASTER_PORT": str(random.randint(20000, 40000)), "RUN_SETTINGS": "--logging.interval 1"}
+    places |= {"MASTER_PORT": str(free_port()), "RUN_SETTINGS": "--logging.interval 1"}
     script = ["bash", str(ROOT / "examples/gpt_oss/tiny.sh"), str(tmp_path)]
     done = subprocess.run(script, env=os.environ | places, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from surgery.test_gpt_oss_examples import ROOT, write_data
+from training.runs import free_port
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def road(tmp_path_factory) -> tuple[Path, str]:
     places = {"DATA": str(data), "STEPS": "12", "HIDDEN": "32", "WIDER": "48", "WIDTHS": "8,16,32"}
     places |= {
         "OMP_NUM_THREADS": "1",
-        "MASTER_PORT": str(random.randint(20000, 40000)),
+        "MASTER_PORT": str(free_port()),
         "CALIBRATION_TOKENS": "3000",
         "EVALUATION_TOKENS": "2000",
     }

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "tools"))
         ("mixer", ["bf16 d_state 16, peer's chunk 256, forward + backward"]),
         ("moe", ["bf16 quick vs deepspeed", "bf16 quick vs transformers eager"]),
         ("tp", ["bf16 width 8, dealt in turn vs in halves", "fp32 width 64, dealt in turn vs in halves"]),
+        ("decode", ["batch 1, think, 0% of the compute saved", "M over T, two models, not compared: 32 tokens, cache"]),
         ("surgery", ["surgery expand write rate", "surgery import gpt-oss MXFP4 peak anonymous memory"]),
     ],
 )

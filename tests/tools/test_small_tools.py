@@ -99,6 +99,7 @@ def tool(monkeypatch, capsys) -> Runner:
     """tool(name, words...): exit code, stdout and stderr of the script around its real `main`."""
 
     def start(name: str, *words: object) -> tuple[int, str, str]:
+        monkeypatch.syspath_prepend(ROOT / "tools")
         module = load_tool(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         with pytest.raises(SystemExit) as ended:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,14 @@ def command(ranks: int, words: list[str]) -> list[str]:
     if ranks == 1:
         return [sys.executable, script, *words]
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_gpus", str(ranks), "--master_port", str(random.randint(20000, 40000)), script, *words]
+    return [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), script, *words]
+
+
+def free_port() -> int:
+    """Nobody listens there, and it is not one of another connection, as a drawn one may be."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def train(ranks: int, words: list[str], check: bool = True, patience: float = 300) -> subprocess.CompletedProcess[str]:
@@ -82,7 +90,7 @@ def train(ranks: int, words: list[str], check: bool = True, patience: float = 30
     The result is the first rank's, its exit code the first one that is not zero. patience: seconds.
     """
     script = [sys.executable, str(ROOT / "pretrain_adamba.py"), *words]
-    port = str(random.randint(20000, 40000))
+    port = str(free_port())
     processes = []
     for rank in range(ranks):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -92,6 +100,8 @@ def train(ranks: int, words: list[str], check: bool = True, patience: float = 30
         processes.append(subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, env=found, cwd=ROOT))
     try:
         out, errors = processes[0].communicate(timeout=patience)
+        if processes[0].returncode:
+            print(out[-2000:], errors[-4000:])
         codes = [process.wait(timeout=60) for process in processes]
     finally:
         for process in processes:

@@ -1,0 +1,74 @@
+"""Limits of the server, and the one on the size of a body, which holds before anything reads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from starlette.exceptions import HTTPException
+
+from megatron_adamba.config.rules import positive
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What one client can take."""
+
+    body_bytes: int = 1 << 20
+    new_tokens: int = 1024
+    """of one choice"""
+    context: int = 4096
+    """tokens of prompt and text together"""
+    slots: int = 8
+    """sequences that run side by side"""
+    queue: int = 256
+    """that wait for a slot"""
+    choices: int = 32
+    """sequences of one request: prompts times n"""
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        for name in ("body_bytes", "new_tokens", "context", "slots", "queue", "choices"):
+            positive(f"--{name.replace('_', '-')}", getattr(self, name))
+
+
+class BodyLimit:
+    """ASGI middleware (asgi.readthedocs.io, HTTP connection scope): larger bodies are answered with 413."""
+
+    def __init__(self, app, body_bytes: int) -> None:
+        self.app, self.body_bytes = app, body_bytes
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self.body_bytes:
+            await self._refuse(send)
+            return
+        seen = 0
+
+        async def limited():
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.body_bytes:
+                raise HTTPException(413, self._message)
+            return message
+
+        await self.app(scope, limited, send)
+
+    @property
+    def _message(self) -> str:
+        return f"the body is larger than {self.body_bytes} bytes"
+
+    async def _refuse(self, send) -> None:
+        body = json.dumps(error_body(self._message, "invalid_request_error"))
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": body.encode()})
+
+
+def error_body(message: str, kind: str, param: str | None = None) -> dict:
+    """As OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}

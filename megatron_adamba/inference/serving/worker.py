@@ -1,0 +1,150 @@
+"""The one thread that runs the model: requests queue up, share the batch, and get their tokens as they are made."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_adamba.errors import AdambaError
+from megatron_adamba.inference.generate import Generation, GenerationRequest, NewToken, Sequence
+
+Listener = Callable[["Event"], None]
+"""called in the worker's thread; must not wait"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token, the end of it all, or what went wrong."""
+
+    new: NewToken | None = None
+    sequence: Sequence | None = None
+    """beside the first token: what the prompt took"""
+    error: Exception | None = None
+
+
+@dataclass
+class Ticket:
+    """A request on its way."""
+
+    request: GenerationRequest
+    listener: Listener
+    number: int | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class QueueFull(AdambaError):
+    """As many requests wait as may."""
+
+
+class Worker:
+    """Runs a `Generation` in a thread of its own."""
+
+    def __init__(self, generation: Generation, queue_size: int) -> None:
+        """queue_size: requests that may wait for a slot."""
+        self.generation, self.queue_size = generation, queue_size
+        self._queue: deque[Ticket] = deque()
+        self._lock = threading.Lock()
+        self._tickets: dict[int, Ticket] = {}
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+        self.log = logging.getLogger("megatron_adamba")
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finishes the step that is under way; requests that still run end with an error."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join()
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
+        """Raises ConfigError for what can never run, QueueFull."""
+        request.check(self.generation.capacity)
+        ticket = Ticket(request, listener)
+        with self._lock:
+            self._queue = deque(waiting for waiting in self._queue if not waiting.cancelled.is_set())
+            if len(self._queue) >= self.queue_size:
+                raise QueueFull(f"{self.queue_size} requests wait already; try again later")
+            self._queue.append(ticket)
+        self._wake.set()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Nobody listens any more; its slot is free from the next step on."""
+        ticket.cancelled.set()
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._drop_cancelled()
+            self._admit()
+            if not self.generation.running:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            self._step()
+        self._end_all(RuntimeError("the server is stopping"))
+
+    def _drop_cancelled(self) -> None:
+        for number, ticket in list(self._tickets.items()):
+            if ticket.cancelled.is_set():
+                self.generation.cancel(number)
+                del self._tickets[number]
+
+    def _admit(self) -> None:
+        while self.generation.free:
+            with self._lock:
+                if not self._queue:
+                    return
+                ticket = self._queue.popleft()
+            if ticket.cancelled.is_set():
+                continue
+            try:
+                sequence, new = self.generation.add(ticket.request)
+            except Exception as error:
+                self._failed(ticket, error)
+                continue
+            if new.finish is None:
+                self._tickets[new.number] = ticket
+            self._tell(ticket, Event(new, sequence))
+
+    def _step(self) -> None:
+        try:
+            news = self.generation.step()
+        except Exception as error:
+            # what the batch held is lost; the server goes on
+            self._end_all(error)
+            return
+        for new in news:
+            ticket = self._tickets[new.number] if new.finish is None else self._tickets.pop(new.number)
+            self._tell(ticket, Event(new))
+
+    def _end_all(self, error: Exception) -> None:
+        for number in list(self.generation.running):
+            self.generation.cancel(number)
+        with self._lock:
+            waiting, self._queue = (list(self._queue), deque()) if self._stop.is_set() else ([], self._queue)
+        for ticket in (*self._tickets.values(), *waiting):
+            self._failed(ticket, error)
+        self._tickets.clear()
+
+    def _failed(self, ticket: Ticket, error: Exception) -> None:
+        if not isinstance(error, AdambaError):
+            self.log.error("a request failed: %s", error, exc_info=error)
+        self._tell(ticket, Event(error=error))
+
+    def _tell(self, ticket: Ticket, event: Event) -> None:
+        try:
+            ticket.listener(event)
+        except Exception as error:
+            # its client's loop is gone
+            self.log.info("nobody listens to a request any more: %s", error)
+            ticket.cancelled.set()

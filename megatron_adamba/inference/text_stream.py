@@ -1,0 +1,74 @@
+"""Text out of tokens one by one: nothing is shown that a later token could still change or a stop string take away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_adamba.data.tokenizer import Tokenizer
+
+UNFINISHED = "\ufffd"
+"""what decoders put in place of bytes that are no character yet"""
+_LONGEST_CHARACTER = 4
+"""bytes; a replacement that is followed by so many stands for bytes that will never be a character"""
+_CONTEXT = 16
+"""tokens before that are decoded again with new ones"""
+
+
+class TextStream:
+    """The text that one sequence of new tokens makes."""
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str] = ()) -> None:
+        """context: tokens before, which decoders of whole pieces need for the spaces between; stop: strings that end
+        the text, themselves left out."""
+        self.tokenizer, self.stop = tokenizer, tuple(text for text in stop if text)
+        self.stopped = False
+        self._begin(list(context[-_CONTEXT:]))
+
+    def push(self, token: int) -> str:
+        """The text that is certain now and was not before."""
+        self.tokens.append(token)
+        text = self._text()
+        end = len(text)
+        for stop in self.stop:
+            found = text.find(stop, max(0, self.shown - len(stop)))
+            if found >= 0:
+                self.stopped, end = True, min(end, found)
+        if not self.stopped:
+            end = min(self._certain(text), *(self._before_beginning(text, stop) for stop in self.stop), end)
+        new = self._show(text, end)
+        if self.shown == len(text) and len(self.tokens) > 4 * _CONTEXT:
+            self._begin(self.tokens[-_CONTEXT:])
+        return new
+
+    def finish(self) -> str:
+        """What was held back."""
+        text = self._text()
+        return "" if self.stopped else self._show(text, len(text))
+
+    def _begin(self, context: list[int]) -> None:
+        self.tokens, self.shown = context, 0
+        self.first = len(self.tokenizer.decode(context))
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.tokens)[self.first :]
+
+    def _show(self, text: str, end: int) -> str:
+        end = max(end, self.shown)
+        new, self.shown = text[self.shown : end], end
+        return new
+
+    @staticmethod
+    def _certain(text: str) -> int:
+        """Characters that further bytes can't change."""
+        end = len(text)
+        while end > max(0, len(text) - _LONGEST_CHARACTER) and text[end - 1] == UNFINISHED:
+            end -= 1
+        return end
+
+    @staticmethod
+    def _before_beginning(text: str, stop: str) -> int:
+        """Characters before an end of the text that a stop string may begin with."""
+        for length in range(min(len(stop) - 1, len(text)), 0, -1):
+            if text.endswith(stop[:length]):
+                return len(text) - length
+        return len(text)

@@ -1,0 +1,55 @@
+"""A server for OpenAI's clients, and a chat page that shows the compute that each token took.
+
+python tools/serve.py --model runs/quickstart/model
+curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def ", "mode": "adaptive"}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_adamba.config.rules import in_range
+from megatron_adamba.config.script import run_script
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a canonical checkpoint, e.g. RUN/model")
+    parser.add_argument("--name", help="of the model in answers; its folder by default")
+    parser.add_argument("--host", default="127.0.0.1", help="this machine alone by default; there is no password")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and prints it")
+    parser.add_argument("--dtype", default="bf16", help="bf16 | fp32")
+    parser.add_argument("--body-bytes", type=int, default=1 << 20, help="of the largest request")
+    parser.add_argument("--new-tokens", type=int, default=1024, help="that one text may have")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and text together")
+    parser.add_argument("--slots", type=int, default=8, help="texts that are made side by side")
+    parser.add_argument("--queue", type=int, default=256, help="texts that wait; more are answered with 429")
+    parser.add_argument("--choices", type=int, default=32, help="texts of one request")
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> int:
+    args = parse(words)
+
+    import uvicorn
+
+    from megatron_adamba.inference.load import load_model
+    from megatron_adamba.inference.serving.app import make_app
+    from megatron_adamba.inference.serving.limits import ServerLimits
+
+    in_range("--port", args.port, 0, 65535)
+    limits = ServerLimits(args.body_bytes, args.new_tokens, args.context, args.slots, args.queue, args.choices)
+    limits.check()
+    loaded = load_model(args.model, args.dtype)
+    folder = Path(args.model).resolve()
+    name = args.name or (folder.parent.name if folder.name == "model" else folder.name)
+    uvicorn.run(make_app(loaded, name, limits), host=args.host, port=args.port, log_level="info", access_log=False)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
