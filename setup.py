@@ -37,6 +37,7 @@ setup(
     extras_require={
         "test": [
             "einops>=0.8",
+            "httpx>=0.28",
             "hypothesis>=6.100",
             "lm_eval==0.4.13",
             "openai>=2",
