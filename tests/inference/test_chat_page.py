@@ -39,9 +39,9 @@ def visit():
         # a machine may lack what Chromium links to
         tried = open_browser("data:text/html,hello", patience=120)
     except subprocess.TimeoutExpired:
-        pytest.skip("no browser starts here: it does not answer")
+        pytest.skip("PyQt6-WebEngine's Chromium does not answer on this machine")
     if tried.returncode or "loaded" not in tried.stdout:
-        pytest.skip(f"no browser starts here: {tried.stderr.strip()[-200:]}")
+        pytest.skip(f"PyQt6-WebEngine's Chromium does not start on this machine: {tried.stderr.strip()[-200:]}")
 
     def start(address: str, mode: str, *turns: str) -> list[dict]:
         result = open_browser(address, mode, *turns, patience=240)
