@@ -2,6 +2,9 @@
 every fixed width and exit.
 
 python examples/difficulty/evaluate.py --model runs/difficulty/model --data runs/difficulty/data
+
+Unless they are given, threshold and energy price are chosen on the tuning items: the cheapest that come within MARGIN
+of full compute's accuracy there. What is reported are the held-out items.
 """
 
 from __future__ import annotations
@@ -18,81 +21,131 @@ from megatron_adamba.config.script import run_script
 from megatron_adamba.files import write_atomically
 
 TIERS = ("easy", "medium", "hard")
+THRESHOLDS = (0.9, 0.95, 0.96, 0.97, 0.98, 0.99)
+ENERGY_PRICES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+"""nats for all of the model's compute for a token"""
+QUALITY_THRESHOLD = 0.95
+"""at which the gates' extra loss is measured, at full width"""
+MARGIN = 0.002
+"""of accuracy"""
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder with heldout-TIER.jsonl")
+    parser.add_argument("--data", type=Path, required=True, help="folder with {heldout,tuning}-TIER.jsonl")
     parser.add_argument("--items", type=int, help="only so many of each tier")
-    parser.add_argument("--energy-price", type=float, help="nats; widths by lookup without")
-    parser.add_argument("--full-width", action="store_true", help="exits alone")
-    parser.add_argument("--exit-threshold", type=float, default=0.95)
-    parser.add_argument("--expand-cost", type=float, default=0.5)
+    parser.add_argument("--energy-price", type=float, help="nats; chosen on the tuning items without")
+    parser.add_argument("--exit-threshold", type=float, help="chosen on the tuning items without")
     parser.add_argument("--no-grid", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     return parser.parse_args(words)
 
 
 def summary(results, num_layers: int) -> dict[str, float]:
+    """Exits and widths: of the answer's tokens, averaged over items."""
     exits = [layer for result in results for layer in result.answer_exits]
-    widths = [width for result in results for width in result.answer_widths]
+    mean = lambda values: sum(values) / len(values)
     return {
-        "accuracy": sum(result.right for result in results) / len(results),
-        "left_early": sum(layer < num_layers for layer in exits) / len(exits),
-        "mean_exit": sum(exits) / len(exits),
-        "mean_width": sum(widths) / len(widths),
-        "saved": 1 - sum(result.flops for result in results) / sum(result.full_flops for result in results),
-        "flops_per_token": sum(r.flops for r in results) / (sum(r.full_flops for r in results)),
+        "accuracy": mean([result.right for result in results]),
+        "left_early": mean([layer < num_layers for layer in exits]),
+        "mean_exit": mean([mean(result.answer_exits) for result in results]),
+        "mean_width": mean([mean(result.answer_widths) for result in results]),
+        "saved": saved(results),
     }
+
+
+def saved(results) -> float:
+    """Share of full compute that all tokens of all items did without, prompts included."""
+    return 1 - sum(result.flops for result in results) / sum(result.full_flops for result in results)
+
+
+def choose(loaded, items, args: argparse.Namespace):
+    """The mode that saves most of those that come within MARGIN of full compute; the most accurate where none does."""
+    from megatron_adamba.inference.items import evaluate_mode
+    from megatron_adamba.inference.modes import Mode
+
+    thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
+    prices = ENERGY_PRICES if args.energy_price is None else (args.energy_price,)
+    modes = [Mode("adaptive", None, {"exit_threshold": t}, price) for price in prices for t in thresholds]
+    if len(modes) == 1:
+        return modes[0]
+    enough = sum(result.right for result in evaluate_mode(loaded, items, Mode("full"))) - MARGIN * len(items)
+    tried = []
+    for mode in modes:
+        results = evaluate_mode(loaded, items, mode)
+        right = sum(result.right for result in results)
+        tried.append((right >= enough, saved(results) if right >= enough else right, mode))
+    return max(tried, key=lambda row: row[:2])[2]
 
 
 def main(words: list[str]) -> int:
     args = parse(words)
 
     from rich.console import Console
-    from rich.table import Table
 
-    from megatron_adamba.inference.gate_quality import extra_loss, gate_quality
     from megatron_adamba.inference.items import evaluate_grid, evaluate_mode, read_items
     from megatron_adamba.inference.load import load_model
     from megatron_adamba.inference.modes import Mode
 
     loaded = load_model(args.model, "fp32")
-    depth = loaded.model.config.num_layers
-    tiers = {tier: read_items(args.data / f"heldout-{tier}.jsonl", loaded.tokenizer)[: args.items] for tier in TIERS}
+    read = lambda side, tier: read_items(args.data / f"{side}-{tier}.jsonl", loaded.tokenizer)[: args.items]
+    tiers = {tier: read("heldout", tier) for tier in TIERS}
     every = [item for items in tiers.values() for item in items]
     console = Console()
-    settings = {"exit_threshold": args.exit_threshold, "expand_cost": args.expand_cost}
-    modes = {
-        "full": Mode("full"),
-        "adaptive": Mode("adaptive", None, settings, args.energy_price, predict=not args.full_width),
+    chosen = choose(loaded, [item for tier in TIERS for item in read("tuning", tier)], args)
+    threshold = chosen.adaptive["exit_threshold"]
+    console.print(f"adaptive: --exit-threshold {threshold} --energy-price {chosen.energy_price}")
+    found = {name: evaluate_mode(loaded, every, mode) for name, mode in (("full", Mode("full")), ("adaptive", chosen))}
+    report = {
+        "exit_threshold": threshold,
+        "energy_price": chosen.energy_price,
+        "modes": _modes(console, found, tiers, loaded.model.config.num_layers),
+        "gates": _gates(console, loaded, every, found["full"]),
     }
-    report: dict = {"modes": {}}
-    found = {}
-    table = Table(title="held-out items")
-    for name in ("mode", "tier", "accuracy", "left early", "mean exit", "mean width", "compute saved"):
-        table.add_column(name, justify="right")
-    for name, mode in modes.items():
-        found[name] = evaluate_mode(loaded, every, mode)
-        start, rows = 0, {}
-        for tier, items in tiers.items():
-            rows[tier] = summary(found[name][start : start + len(items)], depth)
-            start += len(items)
-        rows["all"] = summary(found[name], depth)
-        report["modes"][name] = rows
-        for tier, row in rows.items():
-            table.add_row(name, tier, f"{row['accuracy']:.1%}", f"{row['left_early']:.1%}", f"{row['mean_exit']:.2f}",
-                          f"{row['mean_width']:.1f}", f"{row['saved']:.1%}")  # fmt: skip
-    console.print(table)
-    quality = gate_quality(loaded, every, args.exit_threshold)
-    report["gates"] = asdict(quality) | {"extra_loss_adaptive": extra_loss(found["adaptive"], found["full"], depth)}
-    console.print(report["gates"])
     if not args.no_grid:
         report["grid"] = _grid(console, evaluate_grid(loaded, every), found["adaptive"])
     if args.json:
         write_atomically(args.json, (json.dumps(report, indent=2) + "\n").encode())
     return 0
+
+
+def _modes(console, found, tiers, depth: int) -> dict[str, dict]:
+    """Tier by tier and together, by mode."""
+    from rich.table import Table
+
+    table = Table(title="held-out items")
+    for name in ("mode", "tier", "accuracy", "left early", "mean exit", "mean width", "compute saved"):
+        table.add_column(name, justify="right")
+    modes = {}
+    for name, results in found.items():
+        start, rows = 0, {}
+        for tier, items in tiers.items():
+            rows[tier] = summary(results[start : start + len(items)], depth)
+            start += len(items)
+        modes[name] = rows | {"all": summary(results, depth)}
+        for tier, row in modes[name].items():
+            table.add_row(name, tier, f"{row['accuracy']:.1%}", f"{row['left_early']:.1%}", f"{row['mean_exit']:.2f}",
+                          f"{row['mean_width']:.1f}", f"{row['saved']:.1%}")  # fmt: skip
+    console.print(table)
+    return modes
+
+
+def _gates(console, loaded, items, full) -> dict[str, float]:
+    """How well they foresee, at full width."""
+    from megatron_adamba.inference.gate_quality import extra_loss, gate_quality
+    from megatron_adamba.inference.items import evaluate_mode
+    from megatron_adamba.inference.modes import Mode
+
+    exits = Mode("adaptive", None, {"exit_threshold": QUALITY_THRESHOLD}, None, predict=False)
+    quality = asdict(gate_quality(loaded, items, QUALITY_THRESHOLD))
+    with_exits = extra_loss(evaluate_mode(loaded, items, exits), full, loaded.model.config.num_layers)
+    console.print(
+        f"gates: squared error {quality['squared_error']:.4f}, variance of the target {quality['variance']:.4f}; "
+        f"at confidence {QUALITY_THRESHOLD}, {quality['leaving']:.1%} leave and lose {quality['extra_loss']:.4f} nats, "
+        f"{with_exits:.4f} where all others leave too"
+    )
+    return quality | {"extra_loss_with_exits": with_exits}
 
 
 def _grid(console, cells, adaptive) -> list[dict]:

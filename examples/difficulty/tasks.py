@@ -2,8 +2,9 @@
 
 python examples/difficulty/tasks.py --output runs/difficulty/data
 
-Writes train.jsonl, {"text"} a line, and heldout-{easy,medium,hard}.jsonl, {"prompt", "answer"} a line. An item is held
-out by the hash of its prompt, so no prompt is on both sides, however many are drawn.
+Writes train.jsonl, {"text"} a line, and {tuning,heldout}-{easy,medium,hard}.jsonl, {"prompt", "answer"} a line: what
+thresholds are chosen on, and what is reported. The hash of its prompt says where an item belongs, so no prompt is on
+two sides, however many are drawn.
 """
 
 from __future__ import annotations
@@ -23,45 +24,45 @@ from megatron_adamba.config.script import run_script
 from megatron_adamba.files import write_atomically
 
 PROMPT_END = ">"
-HELD_OUT_SHARE = 10
-"""one prompt in so many"""
+SIDES = ("tuning", "heldout", "heldout")
+"""of one prompt in ten, by thirds; nobody trains on them"""
 
 Task = Callable[[random.Random], tuple[str, str]]
 
 
 def copy(rng: random.Random) -> tuple[str, str]:
-    word = _word(rng, 3, 8)
+    word = _word(rng, 2, 5)
     return f"copy {word}", word
 
 
 def count(rng: random.Random) -> tuple[str, str]:
     letters = rng.sample(string.ascii_lowercase, 3)
-    word = "".join(rng.choice(letters) for _ in range(rng.randint(3, 8)))
+    word = "".join(rng.choice(letters) for _ in range(rng.randint(3, 6)))
     return f"count {letters[0]} {word}", str(word.count(letters[0]))
 
 
 def add(rng: random.Random) -> tuple[str, str]:
-    first, second = rng.randint(0, 99), rng.randint(0, 99)
+    first, second = rng.randint(0, 99), rng.randint(0, 29)
     return f"add {first} {second}", str(first + second)
 
 
 def length(rng: random.Random) -> tuple[str, str]:
-    word = _word(rng, 2, 9)
+    word = _word(rng, 2, 7)
     return f"len {word}", str(len(word))
 
 
 def multi_step_sum(rng: random.Random) -> tuple[str, str]:
-    numbers = [rng.randint(0, 20) for _ in range(3)]
+    numbers = [rng.randint(0, 40) for _ in range(3)]
     return "sum " + " ".join(map(str, numbers)), str(sum(numbers))
 
 
 def reverse(rng: random.Random) -> tuple[str, str]:
-    word = _word(rng, 3, 7)
+    word = _word(rng, 4, 7)
     return f"rev {word}", word[::-1]
 
 
 def digit_sum(rng: random.Random) -> tuple[str, str]:
-    digits = "".join(rng.choice(string.digits) for _ in range(rng.randint(3, 5)))
+    digits = "".join(rng.choice(string.digits) for _ in range(rng.randint(4, 7)))
     return f"digits {digits}", str(sum(map(int, digits)))
 
 
@@ -79,25 +80,27 @@ def _word(rng: random.Random, shortest: int, longest: int) -> str:
     return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(shortest, longest)))
 
 
-def items(tier: str, held_out: bool, seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) of a tier, its tasks in turn; the prompt ends with PROMPT_END."""
-    rng = random.Random(f"{seed} {tier} {held_out}")
+def items(tier: str, side: str, seed: int) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, answer) of a tier on one side, its tasks in turn; the prompt ends with PROMPT_END."""
+    rng = random.Random(f"{seed} {tier} {side}")
     while True:
         for task in TIERS[tier]:
             while True:
                 prompt, answer = task(rng)
-                if is_held_out(prompt) == held_out:
+                if side_of(prompt) == side:
                     break
             yield prompt + PROMPT_END, answer
 
 
-def is_held_out(prompt: str) -> bool:
-    return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
+def side_of(prompt: str) -> str:
+    """train | tuning | heldout"""
+    share, rest = divmod(zlib.crc32(prompt.encode()), 10)
+    return "train" if rest else SIDES[share % len(SIDES)]
 
 
-def _distinct(tier: str, seed: int, count: int) -> list[tuple[str, str]]:
+def _distinct(tier: str, side: str, seed: int, count: int) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
-    for prompt, answer in items(tier, True, seed):
+    for prompt, answer in items(tier, side, seed):
         found[prompt] = answer
         if len(found) == count:
             return list(found.items())
@@ -105,9 +108,9 @@ def _distinct(tier: str, seed: int, count: int) -> list[tuple[str, str]]:
 
 
 def write(output: Path, train: int, held_out: int, seed: int) -> None:
-    """train: items of all tiers together; held_out: distinct items of each tier."""
+    """train: items of all tiers together; held_out: distinct items of each tier, and half as many to tune on."""
     output.mkdir(parents=True, exist_ok=True)
-    streams = {tier: items(tier, False, seed) for tier in TIERS}
+    streams = {tier: items(tier, "train", seed) for tier in TIERS}
     turn = [tier for tier, share in TRAINING_SHARES.items() for _ in range(share)]
     lines = []
     for number in range(train):
@@ -115,9 +118,10 @@ def write(output: Path, train: int, held_out: int, seed: int) -> None:
         lines.append(json.dumps({"text": prompt + answer}))
     write_atomically(output / "train.jsonl", ("\n".join(lines) + "\n").encode())
     for tier in TIERS:
-        pairs = _distinct(tier, seed, held_out)
-        lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in pairs]
-        write_atomically(output / f"heldout-{tier}.jsonl", ("\n".join(lines) + "\n").encode())
+        for side, count in (("heldout", held_out), ("tuning", held_out // 2)):
+            pairs = _distinct(tier, side, seed, count)
+            lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in pairs]
+            write_atomically(output / f"{side}-{tier}.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def main(words: list[str]) -> int:

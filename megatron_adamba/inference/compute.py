@@ -33,10 +33,10 @@ class ComputeMeter:
         """FLOPs of one token."""
         return self.fixed if self.costs is None else self.costs.of(exit_layer, widened_at)
 
-    def width_at_exit(self, exit_layer: int, widened_at: int) -> int:
-        """Width of the last block that ran; 0 where none did."""
-        widths = self.wide_widths if exit_layer > widened_at else self.widths
-        return widths[exit_layer - 1] if exit_layer else 0
+    def mean_width(self, exit_layer: int, widened_at: int) -> float:
+        """Over the blocks that ran; 0 where none did."""
+        narrow, wide = self.widths[: min(exit_layer, widened_at)], self.wide_widths[widened_at:exit_layer]
+        return (sum(narrow) + sum(wide)) / exit_layer if exit_layer else 0.0
 
     def total(self, exit_layers: Sequence[int], widened_at: Sequence[int]) -> int:
         """FLOPs of all tokens of a sequence, and of the choice of its widths."""

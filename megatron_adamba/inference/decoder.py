@@ -123,7 +123,7 @@ class _Set:
     cache: KVCache
     before: InReach | None
     own: tuple[Tensor, Tensor]
-    """keys and values of the group's tokens"""
+    """keys and values of the group's tokens, [kv_groups, group, head_dim]"""
 
 
 class _Pass:
@@ -194,8 +194,8 @@ class _Pass:
     def _mamba_block(self, index: int) -> None:
         block, state = self.model.blocks[index], self.decoder.states[index]
         going = [place for place, policy in enumerate(self.policies) if policy.plan.exit_layer > index]
-        rows = rows_of([self.slots[place] for place in going], state.ssm_state.shape[0], self.x.device)
-        here = slice(None) if self.start is not None else rows_of(going, len(self.slots), self.x.device)
+        rows = rows_of([self.slots[place] for place in going], self.x.device)
+        here = slice(None) if self.start is not None else rows_of(going, self.x.device)
         own = MambaState(state.conv_state[rows], state.ssm_state[rows])
         x = self.x[here]
         kept = torch.nonzero(~self.left[here]).squeeze(1) if self.some_left else None
@@ -212,8 +212,8 @@ class _Pass:
             return
         for row, wide_row, tokens in self._groups(index):
             for own_row, inside in zip((row, wide_row), self._going(tokens, index, wide_row not in (None, row))):
-                if inside.numel():
-                    place = self._places(tokens)[inside]
+                if inside is not None:
+                    place = self._places(tokens, inside)
                     head = self.x[place, : own_row.width]
                     self.x[place, : own_row.width] = (
                         head + block.mlp(block.mlp_norm(head[None]), own_row, self.context)[0]
@@ -229,9 +229,9 @@ class _Pass:
                 # a later turn may be narrower and widen
                 self._keep(self.decoder.wide[index], tokens, *sets[0].own)
             for one, inside in zip(sets, self._going(tokens, index, len(sets) > 1)):
-                if inside.numel() == 0:
+                if inside is None:
                     continue
-                place, width = self._places(tokens)[inside], one.row.width
+                place, width = self._places(tokens, inside), one.row.width
                 head = self.x[place, :width] + self._read(block.attention, one, tokens, inside)
                 if self.model.config.block_pattern[index] == "E":
                     head += block.moe(block.moe_norm(head[None]), one.row, self.context)[0]
@@ -244,20 +244,20 @@ class _Pass:
         block = self.model.blocks[index]
         normed = block.attention_norm(self.x[tokens, : row.width])
         cos, sin = self.cos[tokens], self.sin[tokens]
-        keys, values = (t[0] for t in block.attention.keys_values(normed[None], row, cos, sin))
+        keys, values = (t[0].transpose(0, 1) for t in block.attention.keys_values(normed[None], row, cos, sin))
         before = cache.read_before(self.slots[0], row.kv_groups, self.start) if self.start else None
         self._keep(cache, tokens, keys, values)
         return _Set(row, normed, cache, before, (keys, values))
 
     def _keep(self, cache: KVCache, tokens: slice | Tensor, keys: Tensor, values: Tensor) -> None:
-        """Of a group's tokens, [group, kv_groups, head_dim]."""
+        """Of a group's tokens, [kv_groups, group, head_dim]."""
         if self.start is not None:
             cache.write_sequence(self.slots[0], self.start, keys, values)
             return
         slots = self._slots_of(tokens)
         cache.write(slots, [self.decoder.lengths[slot] for slot in slots], self.positions[tokens], keys, values)
 
-    def _read(self, attention: NestedAttention, one: _Set, tokens: slice | Tensor, inside: Tensor) -> Tensor:
+    def _read(self, attention: NestedAttention, one: _Set, tokens: slice | Tensor, inside: slice | Tensor) -> Tensor:
         """What the queries of some of a group's tokens find, [inside, w]."""
         cos, sin = self.cos[tokens][inside], self.sin[tokens][inside]
         queries = attention.queries(one.normed[inside][None], one.row, cos, sin)[0]
@@ -265,31 +265,22 @@ class _Pass:
         if self.start is not None:
             keys, values, mask = self._sequence_in_reach(one, positions, attention.heads_per_group)
             return attention.read(queries[None], keys, values, mask, one.row)[0]
-        slots = [self._slots_of(tokens)[place] for place in inside.tolist()]
+        slots = self._slots_of(self._places(tokens, inside))
         lengths = [self.decoder.lengths[slot] + 1 for slot in slots]
         reach = one.cache.read(slots, one.row.kv_groups, positions, min(lengths), max(lengths))
         mask = reach.mask(positions[:, None], None, attention.heads_per_group)
-        return attention.read(queries[:, None], reach.keys, reach.values, mask, one.row)[:, 0]
+        return attention.read_cache(queries, reach.keys, reach.values, reach.used, mask, one.row)
 
     def _sequence_in_reach(self, one: _Set, queries: Tensor, heads_per_group: int):
         """Keys and values that queries of one sequence see, [1, keys, kv_groups, head_dim] each, and the mask."""
-        keys, values = (t[None] for t in one.own)
-        if one.before is None:
-            if queries.shape[0] == self.positions.shape[0] and one.cache.window is None:
-                return keys, values, None
-            return keys, values, attention_mask(queries, self.positions, one.cache.window, None)
-        before = one.before
-        held = before.held
-        if held is not None:
-            held = torch.cat([held, held.new_full((1, keys.shape[1]), keys.shape[2])], dim=1)
-        reach = replace(
-            before,
-            keys=torch.cat([before.keys, keys], dim=1),
-            values=torch.cat([before.values, values], dim=1),
-            positions=torch.cat([before.positions, self.positions[None]], dim=1),
-            held=held,
-        )
-        return reach.keys, reach.values, reach.mask(queries[None], one.cache.window, heads_per_group)
+        if one.before is not None:
+            reach = one.before.followed_by(*one.own, self.positions)
+            keys, values = (t.permute(1, 2, 0, 3) for t in (reach.keys, reach.values))
+            return keys, values, reach.mask(queries[None], one.cache.window, heads_per_group)
+        keys, values = (t.transpose(0, 1)[None] for t in one.own)
+        if queries.shape[0] == self.positions.shape[0] and one.cache.window is None:
+            return keys, values, None
+        return keys, values, attention_mask(queries, self.positions, one.cache.window, None)
 
     def _groups(self, index: int) -> list[tuple[NestRow, NestRow | None, slice | Tensor]]:
         """Tokens of the same width in a block that their sequences run: (row, row of widened ones, tokens). None where
@@ -318,19 +309,26 @@ class _Pass:
         found: dict = {}
         for place in range(len(self.slots)):
             found.setdefault(key(place), []).append(place)
-        return [(value, rows_of(places, len(self.slots), self.x.device)) for value, places in found.items()]
+        return [(value, rows_of(places, self.x.device)) for value, places in found.items()]
 
     def _slots_of(self, tokens: slice | Tensor) -> list[int]:
         return self.slots[tokens] if isinstance(tokens, slice) else [self.slots[place] for place in tokens.tolist()]
 
-    def _places(self, tokens: slice | Tensor) -> Tensor:
-        """Of a group's tokens among all, [group]."""
-        return torch.arange(self.x.shape[0], device=self.x.device)[tokens]
+    def _places(self, tokens: slice | Tensor, inside: slice | Tensor) -> slice | Tensor:
+        """Among all tokens, of some of a group's."""
+        if isinstance(inside, slice):
+            return tokens
+        return torch.arange(self.x.shape[0], device=self.x.device)[tokens][inside]
 
-    def _going(self, tokens: slice | Tensor, index: int, split: bool) -> tuple[Tensor, ...]:
-        """Places, inside a group, of its tokens that run a block: all together, or (narrow ones, widened ones)."""
+    def _going(self, tokens: slice | Tensor, index: int, split: bool) -> tuple[slice | Tensor | None, ...]:
+        """Places, inside a group, of its tokens that run a block, None for none: all together, or (narrow ones,
+        widened ones)."""
+        if not self.some_left and not (split and self.some_wide):
+            return slice(None), None
         going = ~self.left[tokens]
-        if not split:
-            return (torch.nonzero(going).squeeze(1),)
-        wide = self.widened_at[tokens] <= index
-        return torch.nonzero(going & ~wide).squeeze(1), torch.nonzero(going & wide).squeeze(1)
+        parts = (going,)
+        if split:
+            wide = self.widened_at[tokens] <= index
+            parts = going & ~wide, going & wide
+        found = [torch.nonzero(part).squeeze(1) for part in parts]
+        return tuple(part if part.numel() else None for part in found)

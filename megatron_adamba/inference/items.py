@@ -58,8 +58,8 @@ class ItemResult:
     """of the whole model on the same tokens"""
     answer_exits: tuple[int, ...]
     """blocks that ran at the positions that give the answer"""
-    answer_widths: tuple[int, ...]
-    """of the last block that ran there"""
+    answer_widths: tuple[float, ...]
+    """mean of the blocks that ran there"""
     losses: tuple[float, ...]
     """nats of the answer's tokens"""
     hits: int
@@ -159,7 +159,7 @@ def _result(
         flops=meter.total(exits, widened),
         full_flops=meter.full * count,
         answer_exits=tuple(exits[item.first :]),
-        answer_widths=tuple(meter.width_at_exit(*span) for span in spans),
+        answer_widths=tuple(meter.mean_width(*span) for span in spans),
         losses=tuple(F.cross_entropy(logits, answer, reduction="none").tolist()),
         hits=hits,
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAST_PLACES = 64
-"""to begin with; places double when they run out"""
+LEAST_ROOM = 64
+"""places that are added when they run out, at least"""
 
 
 @dataclass(frozen=True)
@@ -16,31 +16,46 @@ class InReach:
     """What queries of some sequences can see."""
 
     keys: Tensor
-    """[sequences, places, kv_groups, head_dim]"""
+    """[kv_groups, sequences, at least `used` places, head_dim]"""
     values: Tensor
+    used: int
+    """places that are read"""
     positions: Tensor | None
-    """[sequences, places] int64, negative where a place holds nothing; None: place i holds position i, for all"""
+    """[sequences, used] int64, negative where a place holds nothing; None: place i holds position i, for all"""
     held: Tensor | None
-    """[sequences, places] int64 KV groups that are held there; None: at least as many as are read"""
+    """[sequences, used] int64 KV groups that are held there; None: at least as many as are read"""
 
     all_seen: bool = False
     """each of its one query sees all of it"""
 
     def mask(self, queries: Tensor, window: int | None, heads_per_group: int) -> Tensor | None:
-        """[sequences, 1 or heads, q, places] bool, None where all is seen; queries: [sequences, q] positions."""
+        """[sequences, 1 or heads, q, used] bool, None where all is seen; queries: [sequences, q] positions."""
         if self.all_seen and self.held is None:
             return None
         positions = self.positions
         if positions is None:
-            positions = torch.arange(self.keys.shape[1], device=queries.device)[None]
+            positions = torch.arange(self.used, device=queries.device)[None]
         back = queries[:, :, None] - positions[:, None]
         seen = (back >= 0) & (positions >= 0)[:, None]
         if window is not None:
             seen &= back < window
         if self.held is None:
             return seen[:, None]
-        groups = torch.arange(self.keys.shape[2], device=queries.device).repeat_interleave(heads_per_group)
+        groups = torch.arange(self.keys.shape[0], device=queries.device).repeat_interleave(heads_per_group)
         return seen[:, None] & (self.held[:, None] > groups[:, None])[:, :, None]
+
+    def followed_by(self, keys: Tensor, values: Tensor, positions: Tensor) -> InReach:
+        """With the next tokens of its one sequence, [kv_groups, n, head_dim], at positions [n], all held."""
+        held = self.held
+        if held is not None:
+            held = torch.cat([held, held.new_full((1, keys.shape[1]), keys.shape[0])], dim=1)
+        return InReach(
+            torch.cat([self.keys, keys[:, None]], dim=2),
+            torch.cat([self.values, values[:, None]], dim=2),
+            self.used + keys.shape[1],
+            torch.cat([self.positions, positions[None]], dim=1),
+            held,
+        )
 
 
 class KVCache:
@@ -50,7 +65,8 @@ class KVCache:
     def __init__(self, slots: int, head_dim: int, window: int | None, capacity: int, dtype, device) -> None:
         """window: keys that a query sees, itself included; capacity: tokens of the longest sequence."""
         self.window, self.limit = window, capacity if window is None else min(window, capacity)
-        self.keys = torch.empty(slots, 0, 0, head_dim, dtype=dtype, device=device)
+        self.keys = torch.empty(0, slots, 0, head_dim, dtype=dtype, device=device)
+        """[kv_groups, slots, places, head_dim]: what fewer groups read of all slots lies together"""
         self.values = self.keys
         self.fewest: list[int | None] = [None] * slots
         """KV groups that every token of a sequence has; None for no tokens"""
@@ -67,37 +83,45 @@ class KVCache:
         self.fewest[slot], self.lengths[slot] = None, 0
 
     def write(self, slots: list[int], starts: list[int], positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """One token each of several sequences, [n, kv_groups, head_dim], at positions [n], which starts repeat."""
-        self._make_room(keys.shape[-2], min(max(starts) + 1, self.limit))
+        """One token each of several sequences, [kv_groups, n, head_dim], at positions [n], which starts repeat."""
+        groups = keys.shape[0]
+        self._make_room(groups, min(max(starts) + 1, self.limit))
         for slot, start in zip(slots, starts):
-            self._note(slot, start, 1, keys.shape[-2])
-        index = torch.tensor(slots, device=positions.device)
-        self._store(index, positions % self.limit, keys, values)
+            self._note(slot, start, 1, groups)
+        rows = rows_of(slots, self.keys.device)
+        if isinstance(rows, slice) and min(starts) == max(starts):
+            places: int | Tensor = starts[0] % self.limit
+        else:
+            rows, places = torch.tensor(slots, device=positions.device), positions % self.limit
+        self._store(groups, (rows, places), keys, values)
 
     def write_sequence(self, slot: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Tokens start .. start + n - 1 of one sequence, [n, kv_groups, head_dim]."""
-        count = keys.shape[0]
-        self._make_room(keys.shape[-2], min(start + count, self.limit))
+        """Tokens start .. start + n - 1 of one sequence, [kv_groups, n, head_dim]."""
+        groups, count = keys.shape[:2]
+        self._make_room(groups, min(start + count, self.limit))
+        self._note(slot, start, count, groups)
         kept = min(count, self.limit)
-        positions = torch.arange(start + count - kept, start + count, device=keys.device)
-        index = torch.full_like(positions, slot)
-        self._note(slot, start, count, keys.shape[-2])
-        self._store(index, positions % self.limit, keys[count - kept :], values[count - kept :])
+        places = torch.arange(start + count - kept, start + count, device=keys.device) % self.limit
+        self._store(groups, (slot, places), keys[:, count - kept :], values[:, count - kept :])
 
     def read(self, slots: list[int], groups: int, last: Tensor, shortest: int, longest: int) -> InReach:
         """For one query each of several sequences that stands at position last, [n], the last one written.
 
         shortest, longest: the least and the greatest of them + 1.
         """
-        places = min(longest, self.limit)
-        rows = rows_of(slots, self.keys.shape[0], self.keys.device)
-        keys, values = (t[rows, :places, :groups] for t in (self.keys, self.values))
+        used = min(longest, self.limit)
+        if len(slots) == self.keys.shape[1] and slots == list(range(len(slots))):
+            rows: slice | Tensor = slice(None)
+            keys, values = self.keys[:groups], self.values[:groups]
+        else:
+            rows = torch.tensor(slots, device=self.keys.device)
+            keys, values = (t[:groups, rows, :used] for t in (self.keys, self.values))
         positions = None
         if longest > self.limit:
-            place = torch.arange(places, device=last.device)
+            place = torch.arange(used, device=last.device)
             positions = last[:, None] - (last[:, None] - place) % self.limit
-        held = self._held(slots, groups, rows, slice(places))
-        return InReach(keys, values, positions, held, all_seen=shortest >= places)
+        held = self._held(slots, groups, rows, slice(used))
+        return InReach(keys, values, used, positions, held, all_seen=shortest >= used)
 
     def read_before(self, slot: int, groups: int, start: int) -> InReach:
         """What of one sequence's tokens before `start` its later tokens can see, oldest first."""
@@ -106,8 +130,9 @@ class KVCache:
         first = 0 if self.window is None else max(0, start - self.limit)
         positions = torch.arange(first, start, device=self.keys.device)
         places = positions % self.limit
-        keys, values = (t[slot, places, :groups][None] for t in (self.keys, self.values))
-        return InReach(keys, values, positions[None], self._held([slot], groups, slot, places))
+        keys, values = (t[:groups, slot, places][:, None] for t in (self.keys, self.values))
+        held = self._held([slot], groups, slot, places)
+        return InReach(keys, values, start - first, positions[None], held)
 
     def _held(self, slots: list[int], groups: int, rows, places) -> Tensor | None:
         fewest = [self.fewest[slot] or 0 for slot in slots]
@@ -115,17 +140,16 @@ class KVCache:
             return None
         if self.held is None:
             # all tokens of each have as many, but fewer than are asked for
-            count = self.keys[0, places].shape[0]
+            count = self.keys[0, 0, places].shape[0]
             return torch.tensor(fewest, device=self.keys.device)[:, None].expand(-1, count)
         held = self.held[rows, places]
         return held if held.dim() == 2 else held[None]
 
-    def _store(self, slots: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        groups = keys.shape[-2]
-        self.keys[slots, places, :groups] = keys
-        self.values[slots, places, :groups] = values
+    def _store(self, groups: int, where: tuple, keys: Tensor, values: Tensor) -> None:
+        self.keys[(slice(groups), *where)] = keys
+        self.values[(slice(groups), *where)] = values
         if self.held is not None:
-            self.held[slots, places] = groups
+            self.held[where] = groups
 
     def _note(self, slot: int, start: int, count: int, groups: int) -> None:
         """Before tokens start .. start + count - 1 are written with so many groups, or, for none, before a read."""
@@ -144,19 +168,20 @@ class KVCache:
     def _tell_apart(self) -> None:
         if self.held is None:
             own = torch.tensor([fewest or 0 for fewest in self.fewest], device=self.keys.device)
-            self.held = own[:, None].expand(self.keys.shape[:2]).clone()
+            self.held = own[:, None].expand(self.keys.shape[1:3]).clone()
 
     def _make_room(self, groups: int, places: int) -> None:
-        slots, had_places, had_groups, head_dim = self.keys.shape
+        had_groups, slots, had_places, head_dim = self.keys.shape
         if places <= had_places and groups <= had_groups:
             return
         if places > had_places:
-            places = min(max(places, 2 * had_places, LEAST_PLACES), self.limit)
+            # a query may read what is not used yet, so there is little of it
+            places = min(max(places, had_places + max(LEAST_ROOM, had_places // 8)), self.limit)
         places, groups = max(places, had_places), max(groups, had_groups)
         # zeros: what a mask hides must be finite
-        grown = [self.keys.new_zeros(slots, places, groups, head_dim) for _ in range(2)]
+        grown = [self.keys.new_zeros(groups, slots, places, head_dim) for _ in range(2)]
         for new, old in zip(grown, (self.keys, self.values)):
-            new[:, :had_places, :had_groups] = old
+            new[:had_groups, :, :had_places] = old
         self.keys, self.values = grown
         if self.held is not None:
             held = self.held.new_zeros(slots, places)
@@ -164,7 +189,7 @@ class KVCache:
             self.held = held
 
 
-def rows_of(slots: list[int], count: int, device) -> slice | Tensor:
+def rows_of(slots: list[int], device) -> slice | Tensor:
     """An index of these slots that is a view where they lie together."""
     if slots == list(range(slots[0], slots[0] + len(slots))):
         return slice(slots[0], slots[0] + len(slots))

@@ -10,6 +10,7 @@ from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.linear import NestedLinears
 from megatron_adamba.layers.rope import rope_concentration
 from megatron_adamba.ops.attention import attend
+from megatron_adamba.ops.cached_attention import cached_attention
 from megatron_adamba.ops.rotary import rotate_and_norm
 from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
@@ -64,6 +65,12 @@ class NestedAttention(nn.Module):
         """What queries [batch, q, heads, head_dim] find, [batch, q, w]; the others as `attend` has them. Decoding
         alone."""
         mixed = attend(q, k, v, mask, self.scale, self._sinks(row.kv_groups))
+        (out,) = self.out.some(mixed, {"o": row.width})
+        return out
+
+    def read_cache(self, q: Tensor, k: Tensor, v: Tensor, used: int, mask: Tensor | None, row: NestRow) -> Tensor:
+        """What the one query of each sequence finds, [sequences, w]; the others as `cached_attention` has them."""
+        mixed = cached_attention(q, k, v, used, mask, self.scale, self._sinks(row.kv_groups))
         (out,) = self.out.some(mixed, {"o": row.width})
         return out
 

@@ -82,13 +82,13 @@ def test_the_cache_holds_the_groups_of_its_width_alone():
     model = random_model(block_pattern="TM", num_kv_groups=4)
     for width, groups in zip(WIDTHS, (1, 2, 4)):
         decoder, _ = begun(model, uniform_plan(model.config, width), random_prompt(3), 7)
-        assert decoder.narrow[0].keys.shape == (3, 7, groups, 8)
+        assert decoder.narrow[0].keys.shape == (groups, 3, 7, 8)
 
 
 def test_a_window_is_a_ring():
     model = random_model(block_pattern="TT", sliding_window=3, window_pattern="SL")
     decoder, _ = begun(model, uniform_plan(model.config, 32), random_prompt(2, 20), 100)
-    assert decoder.narrow[0].keys.shape[1] == 3 and decoder.narrow[1].keys.shape[1] == 64
+    assert decoder.narrow[0].keys.shape[2] == 3 and decoder.narrow[1].keys.shape[2] == 64
     per_place = 2 * 2 * 4 * 8 * 4
     assert decoder.cache_bytes == 3 * per_place + 64 * per_place
 

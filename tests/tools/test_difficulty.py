@@ -24,8 +24,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def held_out(folder: Path, tier: str) -> list[tuple[str, str]]:
-    lines = (folder / f"heldout-{tier}.jsonl").read_text().splitlines()
+def held_out(folder: Path, tier: str, side: str = "heldout") -> list[tuple[str, str]]:
+    lines = (folder / f"{side}-{tier}.jsonl").read_text().splitlines()
     return [(item["prompt"], item["answer"]) for item in map(json.loads, lines)]
 
 
@@ -56,8 +56,11 @@ def test_nobody_trains_on_what_is_held_out(folder):
     texts = [json.loads(line)["text"] for line in (folder / "train.jsonl").read_text().splitlines()]
     prompts = [text[: text.index(">") + 1] for text in texts]
     assert all(text[len(prompt) :] == answer_of(prompt) for text, prompt in zip(texts, prompts))
-    kept = {prompt for tier in ("easy", "medium", "hard") for prompt, _ in held_out(folder, tier)}
-    assert len(texts) == 6000 and not kept & set(prompts)
+    tiers = ("easy", "medium", "hard")
+    kept = {prompt for tier in tiers for prompt, _ in held_out(folder, tier)}
+    tuning = {prompt for tier in tiers for prompt, _ in held_out(folder, tier, "tuning")}
+    assert len(texts) == 6000 and not (kept | tuning) & set(prompts)
+    assert len(kept) == 900 and len(tuning) == 450 and not kept & tuning
     # one easy item to two medium and three hard ones
     shares = [sum(prompt.split()[0] in names for prompt in prompts) for names in (("copy",), ("sum", "rev", "digits"))]
     assert shares == [1000, 3000]

@@ -144,13 +144,13 @@ def _print_tokens(loaded: LoadedModel, policy: ComputePolicy, news: list[NewToke
     meter = ComputeMeter(loaded.model.config, policy, max(len(news), 1))
     depth = loaded.model.config.num_layers
     table = Table(title="compute of each token")
-    for name in ("token", "exit layer", "width at its exit", "widened at", "compute saved"):
+    for name in ("token", "exit layer", "mean width", "widened at", "compute saved"):
         table.add_column(name, justify="left" if name == "token" else "right")
     for new in news:
         table.add_row(
             repr(loaded.tokenizer.decode([new.token])),
             str(new.exit_layer),
-            str(meter.width_at_exit(new.exit_layer, new.widened_at)),
+            f"{meter.mean_width(new.exit_layer, new.widened_at):.0f}",
             "" if new.widened_at == depth else str(new.widened_at),
             f"{1 - meter.of(new.exit_layer, new.widened_at) / meter.full:.0%}",
         )

@@ -40,7 +40,7 @@ class Choice:
         self.text += new.text
         self.finish = new.finish
         self.exit_layers.append(new.exit_layer)
-        self.widths.append(self.meter.width_at_exit(new.exit_layer, new.widened_at))
+        self.widths.append(round(self.meter.mean_width(new.exit_layer, new.widened_at)))
         self.compute.append(self.meter.of(new.exit_layer, new.widened_at) / self.meter.full)
         return {"exit_layer": self.exit_layers[-1], "width": self.widths[-1], "compute": round(self.compute[-1], 4)}
 
