@@ -9,6 +9,6 @@ run=runs/adaptive
 
 rm -rf $run/checkpoints $run/model
 $threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid --train.phase 2 \
-    --elastic.min_exit_layer 2 --gates.positions 64 --gates.warmup_steps 50 --logging.run_dir $run
+    --elastic.min_exit_layer 2 --elastic.mixed_exit_fraction 0.5 --gates.positions 64 --gates.warmup_steps 50 --logging.run_dir $run
 python tools/evaluate.py --model $run/model --data runs/quickstart/data/validation --adaptive --max-tokens 40000 \
     --exit-threshold 0.3 0.6 0.8 0.9 0.95 1 --energy-price 0.05 0.2 0.5 1 2 --plot $run/pareto.png --json $run/adaptive.json

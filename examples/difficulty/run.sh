@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tasks of graded difficulty: data, training with gates, and whether the model thinks where it has to. About 40 minutes on two
-# CPU cores; everything lands in runs/difficulty.
+# Tasks of graded difficulty: data, a model, its gates, and whether it thinks where it has to. About an hour on two CPU
+# cores; everything lands in runs/difficulty.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -8,8 +8,10 @@ run=runs/difficulty
 data=$run/data
 . examples/ranks.sh
 
-rm -rf $run/checkpoints $run/model
+rm -rf $run/{backbone,checkpoints,model}
 python examples/difficulty/tasks.py --output $data
 python tools/preprocess_data.py --input $data/train.jsonl --tokenizer bytes --output $data/all --split --validation-fraction 0.002
-$threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --config examples/difficulty/model.yaml
+train="$threads deepspeed -q --num_gpus $ranks pretrain_adamba.py --config examples/difficulty/model.yaml"
+$train
+$train --config examples/difficulty/gates.yaml
 python examples/difficulty/evaluate.py --model $run/model --data $data --json $run/adaptive.json

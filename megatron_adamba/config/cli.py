@@ -65,7 +65,12 @@ def build_parser(prog: str) -> ArgumentParser:
         print_config=None,  # the library's own flag of that name knows nothing of our sources
     )
     parser.add_argument("--preset", type=str, help="one of " + ", ".join(preset_names()))
-    parser.add_argument("--config", type=str, help="YAML file with the same sections as the presets")
+    parser.add_argument(
+        "--config",
+        action="append",
+        type=str,
+        help="YAML file with the same sections as the presets; of several, later wins",
+    )
     parser.add_argument("--depth", type=int, help="one dial: derives layers, hidden size, heads, batch, learning rates")
     parser.add_argument(
         "--deepspeed_config", type=str, help="JSON file with what DeepSpeed owns, e.g. ds_configs/zero1.json"
@@ -80,7 +85,7 @@ def build_parser(prog: str) -> ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str], prog: str = "pretrain_adamba.py") -> ParsedArguments:
-    """Layers, lowest first: defaults, preset, the model of `--checkpoint.init_from`, `--config` file, command line.
+    """Layers, lowest first: defaults, preset, the model of `--checkpoint.init_from`, `--config` files, command line.
 
     `depth` in any of the last three derives values that lie right under the other values of its own layer.
     Raises ConfigError, one line, with the nearest known name for a typo.
@@ -93,8 +98,7 @@ def parse_arguments(argv: Sequence[str], prog: str = "pretrain_adamba.py") -> Pa
     if given.get("preset") is not None:
         name = given["preset"]
         layers.append((f"preset {name}", _typed(parser, _preset_values(name), f"preset {name}", known)))
-    if given.get("config") is not None:
-        path = given["config"]
+    for path in given.get("config") or ():
         layers.append((path, _typed(parser, _file_values(path), path, known)))
     layers.append(("command line", _flatten(given)))
     start = next((layer[_INIT_FROM] for _, layer in reversed(layers) if _INIT_FROM in layer), None)

@@ -20,6 +20,8 @@ class ElasticConfig:
     exit_fraction: float | None = None
     """share of the plans that leave at a sampled layer, under sandwich of all passes but the first; null means 0.3 in
     phases 2 and 3, and 0 otherwise"""
+    mixed_exit_fraction: float = 0.0
+    """of the plans that leave early, those in which random tokens leave earlier still, as in adaptive generation"""
     min_exit_layer: int | None = None
     """blocks that run before the earliest exit; null means a quarter of them"""
 
@@ -29,6 +31,7 @@ class ElasticConfig:
         in_range("--elastic.sandwich_passes", self.sandwich_passes, 2, 64)
         if self.exit_fraction is not None:
             in_range("--elastic.exit_fraction", self.exit_fraction, 0, 1)
+        in_range("--elastic.mixed_exit_fraction", self.mixed_exit_fraction, 0, 1)
         if self.min_exit_layer is not None:
             positive("--elastic.min_exit_layer", self.min_exit_layer)
 

@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from megatron_adamba.blueprint.nest import largest_widths
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MixedExits:
+    """Tokens that leave before the others do, at random positions. Later blocks find their keys, values and Mamba
+    inputs computed from the residual that they left with, as where gates let them go; a model that has only seen whole
+    sequences leave does not know what to make of those (mixed training of Elbayad et al., arXiv 1910.10073, with two
+    layers to a pass)."""
+
+    layer: int
+    """blocks that run for them"""
+    share: float
+    """of the positions"""
+    key: int
+    """of the random positions"""
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """[length] bool: who leaves. The same in all sequences of a batch, and whatever the layout."""
+        generator = np.random.Generator(np.random.Philox(key=self.key))
+        return torch.from_numpy(generator.random(length) < self.share).to(device)
 
 
 @dataclass(frozen=True)
@@ -18,12 +42,21 @@ class ElasticPlan:
     block's MLP does not"""
     exit_layer: int
     """blocks that run; the final norm and the head read the residual behind them"""
+    mixed: MixedExits | None = None
+    """tokens that leave earlier"""
+
+    @property
+    def whole_depth(self) -> bool:
+        """Whether all tokens run through all blocks."""
+        return self.exit_layer == len(self.widths) and self.mixed is None
 
     @property
     def label(self) -> str:
         """Short name for logs: the width where all layers share it, else their range."""
         low, high = min(self.widths), max(self.widths)
         width = str(low) if low == high else f"{low}..{high}"
+        if self.mixed is not None:
+            return f"{width}@{self.mixed.layer}|{self.exit_layer}"
         return width if self.exit_layer == len(self.widths) else f"{width}@{self.exit_layer}"
 
 

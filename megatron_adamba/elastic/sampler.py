@@ -9,7 +9,7 @@ import numpy as np
 from megatron_adamba.blueprint.phases import PHASES_WITH_EXITS
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.sections import ElasticConfig
-from megatron_adamba.elastic.plan import ElasticPlan, full_plan, uniform_plan
+from megatron_adamba.elastic.plan import ElasticPlan, MixedExits, full_plan, uniform_plan
 from megatron_adamba.errors import ConfigError
 
 DEFAULT_EXIT_FRACTION = 0.3
@@ -56,7 +56,7 @@ class PlanSampler:
 
     def plan(self, step: int, number: int) -> ElasticPlan:
         """The first pass of a sandwich is full width to the last layer; any other plan may leave early, half of those
-        of a sandwich at full width."""
+        of a sandwich at full width, and some of them with tokens that leave earlier still."""
         mode = self.elastic.width_sampling
         if mode == "sandwich" and number % self.passes == 0:
             return full_plan(self.model)
@@ -67,6 +67,10 @@ class PlanSampler:
         layer = int(generator.integers(self.min_exit_layer, self.model.num_layers))
         if mode == "sandwich" and generator.random() < 0.5:
             plan = full_plan(self.model)
+        mixed_fraction = self.elastic.mixed_exit_fraction
+        if mixed_fraction and generator.random() < mixed_fraction:
+            mixed = MixedExits(layer, float(generator.random()), int(generator.integers(2**63)))
+            return replace(plan, exit_layer=int(generator.integers(layer + 1, self.model.num_layers + 1)), mixed=mixed)
         return replace(plan, exit_layer=layer)
 
     def _widths(self, mode: str, generator: np.random.Generator) -> ElasticPlan:

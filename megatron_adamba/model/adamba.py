@@ -147,7 +147,7 @@ class AdambaModel(nn.Module):
         if not chunk.head:
             return x
         padded = self.tp.pad_sequence(labels, IGNORED)
-        if taps is None or plan.exit_layer < self.config.num_layers:
+        if taps is None or not plan.whole_depth:
             out = self._head(self.final_norm(x), padded, reduction)
             return out[:, : tokens.shape[1]] if out.dim() > 1 else out
         losses = torch.empty(padded.shape, dtype=torch.float32, device=x.device)
@@ -192,18 +192,29 @@ class AdambaModel(nn.Module):
         taps: Taps | None = None,
     ) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        gone = self._gone_early(plan, x, context)
         for index in blocks:
             block, row = self.blocks[index], self.rows[index][plan.widths[index]]
             if index >= plan.exit_layer:
                 if all_take_part:
                     x = x + block(x[:0], row, self._empty(context)).sum()
-            elif recompute:
-                x = checkpoint(block, x, row, context, use_reentrant=False)
-            else:
-                x = block(x, row, context)
-            if taps is not None and index < plan.exit_layer:
+                continue
+            y = checkpoint(block, x, row, context, use_reentrant=False) if recompute else block(x, row, context)
+            x = y if gone is None or index < plan.mixed.layer else torch.where(gone, x, y)
+            if taps is not None:
                 taps.behind(index + 1, x, self.tp)
         return x
+
+    def _gone_early(self, plan: ElasticPlan, x: Tensor, context: ForwardContext) -> Tensor | None:
+        """[seq, 1] bool of this rank's part of the sequence: who leaves at the plan's mixed layer."""
+        if plan.mixed is None:
+            return None
+        gone = plan.mixed.positions(context.length, x.device)
+        if self.tp.sequence_parallel:
+            whole = torch.zeros(x.shape[1] * self.tp.size, dtype=torch.bool, device=x.device)
+            whole[: context.length] = gone
+            gone = whole.chunk(self.tp.size)[self.tp.rank]
+        return gone[:, None]
 
     def training_context(
         self,

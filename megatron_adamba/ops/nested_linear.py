@@ -79,6 +79,8 @@ def nested_linears(
     # without any other input that needs a gradient, backward would not be called at all
     anchor = x.new_empty(0).requires_grad_() if any(trained) and torch.is_grad_enabled() else None
     call = _Call(len(weights), tuple(rows), cols, tuple(sinks), accumulation, trained, exchange, add_bias)
+    if not torch.is_grad_enabled():
+        return _outputs(call, x, parameters)
     return _NestedLinears.apply(x, anchor, call, *parameters)
 
 
@@ -96,16 +98,9 @@ class _Call:
 class _NestedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, anchor: Tensor | None, call: _Call, *parameters: Tensor) -> tuple[Tensor, ...]:
-        n = call.num_weights
         ctx.call = call
         ctx.save_for_backward(x, *parameters)
-        if call.exchange is not None:
-            x = call.exchange.gather(x)
-        outputs = []
-        for i, rows in enumerate(call.rows):
-            bias = parameters[n + i][:rows] if len(parameters) > n and call.add_bias else None
-            outputs.append(_linear(x, parameters[i][:rows, : call.cols], bias))
-        return tuple(outputs)
+        return _outputs(call, x, parameters)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -125,6 +120,17 @@ class _NestedLinears(torch.autograd.Function):
         if reduced is not None:
             grad_x = reduced.wait()
         return grad_x, None, None, *grad_parameters
+
+
+def _outputs(call: _Call, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    n = call.num_weights
+    if call.exchange is not None:
+        x = call.exchange.gather(x)
+    outputs = []
+    for i, rows in enumerate(call.rows):
+        bias = parameters[n + i][:rows] if len(parameters) > n and call.add_bias else None
+        outputs.append(_linear(x, parameters[i][:rows, : call.cols], bias))
+    return tuple(outputs)
 
 
 def _input_gradient(call: _Call, parameters: list[Tensor], grads2: list[Tensor]) -> Tensor:

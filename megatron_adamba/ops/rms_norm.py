@@ -20,6 +20,8 @@ def rms_norm(x: Tensor, scale: Tensor | None, norm_size: int, eps: float) -> Ten
         w = x.shape[-1]
         y = F.rms_norm(x, (w,), None if scale is None else scale.to(x.dtype), eps * norm_size / w)
         return y if norm_size == w else y * math.sqrt(norm_size / w)
+    if not torch.is_grad_enabled():
+        return _scaled(x, scale, inverse_rms(x, norm_size, eps))
     return _RMSNorm.apply(x, scale, norm_size, eps)
 
 
@@ -30,6 +32,13 @@ def inverse_rms(x: Tensor, norm_size: int, eps: float) -> Tensor:
     return norm.square_().div_(norm_size).add_(eps).rsqrt_()
 
 
+def _scaled(x: Tensor, scale: Tensor | None, r: Tensor) -> Tensor:
+    y = x * r
+    if scale is not None:
+        y.mul_(scale)
+    return y.to(x.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """Keeps x and one number a row; the library's CPU kernel for bf16 is some forty times slower."""
 
@@ -38,10 +47,7 @@ class _RMSNorm(torch.autograd.Function):
         r = inverse_rms(x, norm_size, eps)
         ctx.save_for_backward(x, scale, r)
         ctx.norm_size = norm_size
-        y = x * r
-        if scale is not None:
-            y.mul_(scale)
-        return y.to(x.dtype)
+        return _scaled(x, scale, r)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

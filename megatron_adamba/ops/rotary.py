@@ -64,7 +64,10 @@ def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, norm_size: int | None, 
     x: [batch, seq, heads, head_dim]; cos, sin: [seq, head_dim / 2]. Rotation keeps lengths, so norm after rotation
     and norm before it are the same function.
     """
-    return _RotateNorm.apply(x, cos.unsqueeze(-2), sin.unsqueeze(-2), norm_size, eps)
+    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in (cos, sin))
+    if not torch.is_grad_enabled():
+        return _rotated(x, cos, sin, norm_size, eps)[0]
+    return _RotateNorm.apply(x, cos, sin, norm_size, eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,17 +79,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, norm_size: int | None, eps: float) -> tuple[Tensor, Tensor | None]:
+    """Also what the norm multiplied by, [batch, seq, heads, 1]; cos, sin: [seq, 1, head_dim / 2]."""
+    out = _rotate(x, cos, sin)
+    if norm_size is None:
+        return out, None
+    r = inverse_rms(x, norm_size, eps)
+    return out.mul_(r.to(out.dtype)), r
+
+
 class _RotateNorm(torch.autograd.Function):
     """Keeps its output (which attention keeps anyway) and one number a head."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, norm_size: int | None, eps: float) -> Tensor:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        out = _rotate(x, cos, sin)
-        r = None
-        if norm_size is not None:
-            r = inverse_rms(x, norm_size, eps)
-            out.mul_(r.to(out.dtype))
+        out, r = _rotated(x, cos, sin, norm_size, eps)
         ctx.save_for_backward(out if r is not None else None, r, cos, sin)
         ctx.norm_size = norm_size
         return out

@@ -95,12 +95,12 @@ class GateTrainer:
 
         Every rank with the head calls it in the same steps.
         """
-        depth, passes = self.setup.model.num_layers, self.setup.passes
+        passes = self.setup.passes
         self.optimizer.zero_grad(set_to_none=False)
         count = len(plans)
         totals = torch.zeros(3, device=self.device)
         for number, (plan, tap) in enumerate(zip(plans, taps, strict=True)):
-            if plan.exit_layer < depth:
+            if not plan.whole_depth:
                 continue
             full = taps[number - number % passes] if number % passes else None
             losses = self._losses(_Pass(plan, tap, full, spans[number // passes].to(self.device)))

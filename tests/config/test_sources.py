@@ -52,6 +52,16 @@ def test_later_layers_win(tmp_path):
         assert parsed.sources[key] == source, key
 
 
+def test_of_several_files_the_later_wins(tmp_path):
+    first = write(tmp_path, "model: {hidden_size: 96, head_dim: 32}\ntrain: {steps: 7}")
+    second = tmp_path / "second.yaml"
+    second.write_text("train: {steps: 9}")
+    parsed = parse_arguments(["--config", first, "--config", str(second)])
+    assert (parsed.config.model.hidden_size, parsed.config.train.steps) == (96, 9)
+    assert parsed.sources["model.head_dim"] == first and parsed.sources["train.steps"] == str(second)
+    assert parse_arguments(["--config", str(second), "--config", first]).config.train.steps == 7
+
+
 def test_the_order_of_words_does_not_matter_but_a_repeated_flag_does():
     config = parse_arguments(["--train.steps=5", "--preset", "tiny-hybrid", "--train.steps", "7"]).config
     assert config.train.steps == 7

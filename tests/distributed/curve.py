@@ -42,12 +42,14 @@ def run_config(
     optimizer: str = "adamw",
     plans_per_step: int = 2,
     exits: float = 0.0,
+    mixed: float = 0.0,
     expanded: bool = False,
     **model: Any,
 ) -> AdambaConfig:
     """A model with GQA, biases, three widths of which the first holds one KV group, and clipping that bites.
 
-    exits: share of the plans that leave early. expanded: as made from half the channels and units.
+    exits: share of the plans that leave early; mixed: of those, in which some tokens leave earlier still. expanded: as
+    made from half the channels and units.
     """
     shape = {
         "hidden_size": 64,
@@ -72,7 +74,14 @@ def run_config(
         resolved = replace(resolved, expanded_from=halved)
     return AdambaConfig(
         model=resolved,
-        elastic=ElasticConfig(sampling, plans_per_step, sandwich_passes=2, exit_fraction=exits, min_exit_layer=1),
+        elastic=ElasticConfig(
+            sampling,
+            plans_per_step,
+            sandwich_passes=2,
+            exit_fraction=exits,
+            mixed_exit_fraction=mixed,
+            min_exit_layer=1,
+        ),
         train=TrainConfig(steps=20, micro_batch_size=2, global_batch_size=2 * MICRO_BATCHES, gradient_clipping=0.3),
         # Adam divides by the size of a gradient: with a small eps it turns rounding into updates of full size, and even
         # the plain loop in fp32 then strays from itself in float64 by more than the bound of these tests

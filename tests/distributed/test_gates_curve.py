@@ -7,19 +7,21 @@ import json
 
 import pytest
 
-HYBRID = {"pattern": "TMTM", "sampling": "sandwich", "exits": 0.4, "gate_size": 16, "mamba_num_groups": 2}
+HYBRID = {"pattern": "TMTM", "sampling": "sandwich", "exits": 0.5, "mixed": 0.5, "gate_size": 16, "mamba_num_groups": 2}
 TIED = {
     "pattern": "MTT",
     "mamba_version": 1,
     "sampling": "sandwich",
-    "exits": 0.4,
+    "exits": 0.5,
+    "mixed": 0.5,
     "gate_size": 8,
     "tie_embeddings": True,
 }
 EXPERTS = {
     "pattern": "EEM",
     "sampling": "sandwich",
-    "exits": 0.4,
+    "exits": 0.5,
+    "mixed": 0.5,
     "gate_size": 16,
     "num_experts": 4,
     "experts_per_token": 2,

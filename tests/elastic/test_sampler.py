@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig
@@ -90,6 +91,24 @@ def test_a_sandwich_leaves_in_its_later_passes_half_of_them_at_full_width():
     assert abs(len(early) / 1000 - 0.5) < 0.05 and {plan.exit_layer for plan in early} == {2, 3}
     wide = sum(plan.widths == (32,) * 4 for plan in early) / len(early)
     assert abs(wide - 0.5) < 0.08
+
+
+def test_some_plans_let_tokens_leave_earlier_still():
+    mine = sampler("sandwich", exit_fraction=0.5, min_exit_layer=2, mixed_exit_fraction=0.4)
+    plans = [mine.plan(step, number) for step in range(2000) for number in (0, 1)]
+    mixed = [plan for plan in plans if plan.mixed is not None]
+    assert abs(len(mixed) / 2000 - 0.2) < 0.03 and all(plan.whole_depth for plan in plans[::2])
+    assert {(plan.mixed.layer, plan.exit_layer) for plan in mixed} == {(2, 3), (2, 4), (3, 4)}
+    assert not any(plan.whole_depth for plan in mixed) and len({plan.mixed.key for plan in mixed}) == len(mixed)
+    cpu = torch.device("cpu")
+    for plan in mixed[:20]:
+        gone = plan.mixed.positions(4000, cpu)
+        assert abs(gone.float().mean() - plan.mixed.share) < 0.04
+        # a prefix of the same positions whatever the length
+        assert torch.equal(gone[:50], plan.mixed.positions(50, cpu))
+    before = sampler("sandwich", exit_fraction=0.5, min_exit_layer=2)
+    widths = [before.plan(step, number).widths for step in range(2000) for number in (0, 1)]
+    assert [plan.widths for plan in plans] == widths
 
 
 def test_exits_of_a_full_run():

@@ -9,7 +9,7 @@ from oracles.dense import DenseModel, check_gradients, near, randomize
 from megatron_adamba.blueprint.manifest import GROUPS, ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import attention_windows, resolve_model
 from megatron_adamba.config.model import ModelConfig, NestRow
-from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
+from megatron_adamba.elastic.plan import ElasticPlan, MixedExits, uniform_plan
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.model.init import DT_MAX, DT_MIN, initial_tensor
@@ -101,12 +101,21 @@ FUNCTIONS = {
 }
 
 
+def exits_of(plan: ElasticPlan, length: int) -> list[int] | None:
+    if plan.mixed is None:
+        return None
+    gone = plan.mixed.positions(length, torch.device("cpu")).tolist()
+    assert any(gone) and not all(gone)
+    return [plan.mixed.layer if early else plan.exit_layer for early in gone]
+
+
 def compare(model: AdambaModel, plan: ElasticPlan, seq_idx: torch.Tensor | None = None) -> None:
     tokens, labels = random_batch()
+    exits = exits_of(plan, tokens.shape[1])
     dense = DenseModel(model, plan.widths, attention_windows(model.config))
-    logits = dense.logits(tokens, seq_idx, plan.exit_layer)
+    logits = dense.logits(tokens, seq_idx, plan.exit_layer, exits)
     assert (model(tokens, seq_idx=seq_idx, plan=plan) - logits).abs().max() <= 1e-5
-    want = dense.loss(tokens, labels, seq_idx, plan.exit_layer)
+    want = dense.loss(tokens, labels, seq_idx, plan.exit_layer, exits)
     assert abs(model(tokens, labels, seq_idx, plan).item() - want.item()) <= 1e-5
     each = model(tokens, labels, seq_idx, plan, reduction="none")
     assert each.shape == labels.shape and not each[labels == -100].any() and not each.requires_grad
@@ -115,7 +124,7 @@ def compare(model: AdambaModel, plan: ElasticPlan, seq_idx: torch.Tensor | None 
     model.double()
     dense = DenseModel(model, plan.widths, attention_windows(model.config))
     model(tokens, labels, seq_idx, plan).backward()
-    dense.loss(tokens, labels, seq_idx, plan.exit_layer).backward()
+    dense.loss(tokens, labels, seq_idx, plan.exit_layer, exits).backward()
     check_gradients(model.config, dense.row_of, model, dense.leaves())
 
 
@@ -145,6 +154,16 @@ def test_leaving_early_reads_the_residual_there(exit_layer):
     model(tokens, labels, plan=ElasticPlan((8, 20, 32), exit_layer), all_take_part=False).backward()
     skipped = [parameter for block in model.blocks[exit_layer:] for parameter in block.parameters()]
     assert skipped and all(parameter.grad is None for parameter in skipped)
+
+
+@pytest.mark.parametrize("layers", [(1, 4), (2, 3), (0, 2)])
+@pytest.mark.parametrize("pattern", ["TMTM", "MTTM"])
+def test_tokens_that_leave_early_are_read_where_they_left(pattern, layers):
+    """By the others, in all blocks above."""
+    model = random_model(model_config(pattern))
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 2]], dtype=torch.int32)
+    early, last = layers
+    compare(model, ElasticPlan((8, 20, 32, 20), last, MixedExits(early, 0.5, key=7)), seq_idx)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -181,7 +200,8 @@ def test_recomputing_activations_changes_nothing(version):
     plain, recomputed = random_model(config), random_model(config, activation_checkpointing=True)
     tokens, labels = random_batch()
     seq_idx = torch.tensor([[0] * 4 + [1] * 5] * 2, dtype=torch.int32)
-    for plan in (ElasticPlan((8, 32, 20, 20), 4), ElasticPlan((32, 32, 8, 8), 3)):
+    mixed = ElasticPlan((8, 32, 20, 20), 4, MixedExits(2, 0.5, key=3))
+    for plan in (ElasticPlan((8, 32, 20, 20), 4), ElasticPlan((32, 32, 8, 8), 3), mixed):
         losses = [model(tokens, labels, seq_idx, plan) for model in (plain, recomputed)]
         torch.autograd.backward(losses)
         assert torch.equal(*losses)

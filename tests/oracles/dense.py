@@ -174,31 +174,48 @@ class DenseModel:
     def row_of(self, name: str) -> NestRow:
         return self.rows[int(name.split(".")[1])] if name.startswith("blocks.") else self.config.nest[-1]
 
-    def logits(self, tokens: Tensor, seq_idx: Tensor | None = None, exit_layer: int | None = None) -> Tensor:
+    def logits(
+        self,
+        tokens: Tensor,
+        seq_idx: Tensor | None = None,
+        exit_layer: int | None = None,
+        exits: list[int] | None = None,
+    ) -> Tensor:
+        """exits: blocks that run for each position, where they differ."""
         config = self.config
+        exits = exits or [config.num_layers] * tokens.shape[1]
         x = self.p["embedding.weight"][tokens]
         if config.embedding_norm:
             x = norm(x, None, 1.0, config.static_norm_size, config.norm_eps)
         for index, letter in enumerate(config.block_pattern[:exit_layer]):
-            p, row = below(self.p, f"blocks.{index}"), self.rows[index]
-            if letter == "T":
-                x = attention_block(x, p, config, row, self.windows[index], seq_idx)
-                continue
-            u = self._static(x, below(p, "mixer_norm"))
-            mixer = self.mixers[index]
-            x = x + mixer(u.to(mixer.out_proj.weight.dtype), seq_idx=seq_idx).double()
-            if config.mamba_use_mlp:
-                x = nested_part(x, p, config, row, "mlp", lambda u, p=p: mlp(u, p, config))
+            y = self._block(x, index, letter, seq_idx)
+            x = torch.stack([(y if index < last else x)[:, place] for place, last in enumerate(exits)], dim=1)
         x = self._static(x, below(self.p, "final_norm"))
         logits = x @ self.p["embedding.weight" if config.tie_embeddings else "head.weight"].T
         cap = config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    def _block(self, x: Tensor, index: int, letter: str, seq_idx: Tensor | None) -> Tensor:
+        p, row, config = below(self.p, f"blocks.{index}"), self.rows[index], self.config
+        if letter == "T":
+            return attention_block(x, p, config, row, self.windows[index], seq_idx)
+        u = self._static(x, below(p, "mixer_norm"))
+        mixer = self.mixers[index]
+        x = x + mixer(u.to(mixer.out_proj.weight.dtype), seq_idx=seq_idx).double()
+        return nested_part(x, p, config, row, "mlp", lambda u: mlp(u, p, config)) if config.mamba_use_mlp else x
+
     def _static(self, x: Tensor, p: dict[str, Tensor]) -> Tensor:
         return norm(x, p.get("weight"), p["gain"], self.config.static_norm_size, self.config.norm_eps)
 
-    def loss(self, tokens: Tensor, labels: Tensor, seq_idx: Tensor | None = None, exit_layer: int | None = None):
-        return F.cross_entropy(self.logits(tokens, seq_idx, exit_layer).flatten(0, 1), labels.flatten())
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        seq_idx: Tensor | None = None,
+        exit_layer: int | None = None,
+        exits: list[int] | None = None,
+    ):
+        return F.cross_entropy(self.logits(tokens, seq_idx, exit_layer, exits).flatten(0, 1), labels.flatten())
 
     def leaves(self) -> dict[str, Tensor]:
         """All parameters by canonical name, with the gradients of the last backward pass."""
