@@ -60,7 +60,8 @@ def _lines(folders, plans, result) -> Iterator[str]:
 
 def _report(args: argparse.Namespace, plans, result) -> dict[str, Any]:
     models = {"first": str(args.first), "second": str(args.second), "data": args.data}
-    chosen = {"first_plan": asdict(plans[0]), "second_plan": asdict(plans[1])}
+    written = [{"widths": list(plan.widths), "exit_layer": plan.exit_layer} for plan in plans]
+    chosen = {"first_plan": written[0], "second_plan": written[1]}
     return {**models, **chosen, **asdict(result), "loss_difference": result.loss_difference}
 
 
