@@ -209,11 +209,9 @@ class AdambaModel(nn.Module):
         """[seq, 1] bool of this rank's part of the sequence: who leaves at the plan's mixed layer."""
         if plan.mixed is None:
             return None
-        gone = plan.mixed.positions(context.length, x.device)
+        gone = self.tp.pad_sequence(plan.mixed.positions(context.length, x.device)[None], False)[0]
         if self.tp.sequence_parallel:
-            whole = torch.zeros(x.shape[1] * self.tp.size, dtype=torch.bool, device=x.device)
-            whole[: context.length] = gone
-            gone = whole.chunk(self.tp.size)[self.tp.rank]
+            gone = gone.chunk(self.tp.size)[self.tp.rank]
         return gone[:, None]
 
     def training_context(

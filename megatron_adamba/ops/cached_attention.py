@@ -1,8 +1,8 @@
 """Attention of one query a sequence over what its cache holds: decoding is bound by reading keys and values.
 
-On a CPU the library's fused kernel takes about ten times as long over bfloat16 as reading them once does. Batched
-matmuls run at that speed, but round scores to bfloat16; asking for the same product again with the rounded scores
-subtracted gives what rounding cut off, so that scores have twice its bits.
+On a CPU the library's fused kernel takes many times as long over bfloat16 as reading them does. Batched matmuls run at
+that speed, but round scores to bfloat16; asking for the same product again with the rounded scores subtracted gives
+what rounding cut off, so that scores have twice its bits.
 """
 
 from __future__ import annotations

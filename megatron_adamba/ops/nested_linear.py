@@ -76,11 +76,11 @@ def nested_linears(
     trained = tuple(parameter.requires_grad for parameter in parameters)
     if accumulation is Accumulation.DEFER:
         parameters = [parameter.detach() for parameter in parameters]
-    # without any other input that needs a gradient, backward would not be called at all
-    anchor = x.new_empty(0).requires_grad_() if any(trained) and torch.is_grad_enabled() else None
     call = _Call(len(weights), tuple(rows), cols, tuple(sinks), accumulation, trained, exchange, add_bias)
     if not torch.is_grad_enabled():
         return _outputs(call, x, parameters)
+    # without any other input that needs a gradient, backward would not be called at all
+    anchor = x.new_empty(0).requires_grad_() if any(trained) else None
     return _NestedLinears.apply(x, anchor, call, *parameters)
 
 
