@@ -69,13 +69,18 @@ def reference(model, gates, reading, tokens, plan, policy):
 POLICY = AdaptivePolicy(exit_threshold=0.4, expand_cost=0.5, min_exit_layer=1)
 
 
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_ragged_batch_equals_the_reference(name):
+def test_a_ragged_batch_equals_the_reference(name, device):
     """Prompts of different lengths, fed at once, then token by token together; each with widths of its own."""
     model, gates = gated_model(**MODELS[name])
+    model, gates = model.to(device), gates.to(device)
     depth = model.config.num_layers
     prompts, steps = (1, 4, 9, 6), 7
-    sequences = random_sequences([length + steps for length in prompts])
+    sequences = [tokens.to(device) for tokens in random_sequences([length + steps for length in prompts])]
     decoder = Decoder(model, 5, 20, gates, RELATIVE)
     plans = [ElasticPlan(widths[:depth], depth) for widths in MIXED]
     slots = [3, 0, 1, 4]
