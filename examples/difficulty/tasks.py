@@ -52,17 +52,17 @@ def length(rng: random.Random) -> tuple[str, str]:
 
 
 def multi_step_sum(rng: random.Random) -> tuple[str, str]:
-    numbers = [rng.randint(0, 40) for _ in range(3)]
+    numbers = [rng.randint(0, 99) for _ in range(3)]
     return "sum " + " ".join(map(str, numbers)), str(sum(numbers))
 
 
 def reverse(rng: random.Random) -> tuple[str, str]:
-    word = _word(rng, 4, 7)
+    word = _word(rng, 5, 8)
     return f"rev {word}", word[::-1]
 
 
 def digit_sum(rng: random.Random) -> tuple[str, str]:
-    digits = "".join(rng.choice(string.digits) for _ in range(rng.randint(4, 7)))
+    digits = "".join(rng.choice(string.digits) for _ in range(rng.randint(5, 8)))
     return f"digits {digits}", str(sum(map(int, digits)))
 
 

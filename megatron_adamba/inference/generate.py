@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -97,7 +99,7 @@ class Generation:
         slot = self.free.pop(0)
         self.kept = {number: kept for number, kept in self.kept.items() if kept.slot != slot}
         number, self._numbers = self._numbers, self._numbers + 1
-        try:
+        with self._given_back_on_failure(number, slot):
             self.decoder.begin(slot, request.policy)
             decoded = self._prefill(slot, request.prompt)
             generator = torch.Generator(device=self.loaded.device).manual_seed(request.sampling.seed)
@@ -106,29 +108,37 @@ class Generation:
             sequence = Sequence(number, slot, request, generator, stream, list(request.prompt), exits, widened)
             self.running[number] = sequence
             return sequence, self._take(sequence, decoded, -1)
+
+    def go_on(self, number: int, request: GenerationRequest) -> NewToken:
+        """A further turn of a finished request whose slot nobody has taken since: its caches stay, the prompt follows
+        on what was made. Raises ConfigError, and the caches still stay; where anything else fails they are lost."""
+        sequence = self.kept[number]
+        prompt = (sequence.tokens[-1], *request.prompt)
+        replace(request, prompt=(*sequence.tokens, *request.prompt)).check(self.capacity)
+        self._check_ids(request)
+        del self.kept[number]
+        with self._given_back_on_failure(number, sequence.slot):
+            self.decoder.change_policy(sequence.slot, request.policy)
+            decoded = self._prefill(sequence.slot, prompt)
+            self.free.remove(sequence.slot)
+            sequence.request, sequence.made, sequence.finish = request, 0, None
+            sequence.generator.manual_seed(request.sampling.seed)
+            sequence.stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop)
+            sequence.tokens += request.prompt
+            self.running[number] = sequence
+            return self._take(sequence, decoded, -1)
+
+    @contextmanager
+    def _given_back_on_failure(self, number: int, slot: int) -> Iterator[None]:
+        """A request that fails leaves its slot free, and caches that nobody can go on from."""
+        try:
+            yield
         except BaseException:
             self.running.pop(number, None)
             self.kept.pop(number, None)
             if slot not in self.free:
                 self.free.insert(0, slot)
             raise
-
-    def go_on(self, number: int, request: GenerationRequest) -> NewToken:
-        """A further turn of a finished request whose slot nobody has taken since: its caches stay, the prompt follows
-        on what was made. Raises ConfigError."""
-        sequence = self.kept[number]
-        prompt = (sequence.tokens[-1], *request.prompt)
-        replace(request, prompt=(*sequence.tokens, *request.prompt)).check(self.capacity)
-        self._check_ids(request)
-        self.decoder.change_policy(sequence.slot, request.policy)
-        decoded = self._prefill(sequence.slot, prompt)
-        self.free.remove(sequence.slot)
-        sequence.request, sequence.made, sequence.finish = request, 0, None
-        sequence.generator.manual_seed(request.sampling.seed)
-        sequence.stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop)
-        sequence.tokens += request.prompt
-        self.running[number] = sequence
-        return self._take(sequence, decoded, -1)
 
     def step(self) -> list[NewToken]:
         """A further token of every running request."""

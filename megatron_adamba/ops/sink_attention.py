@@ -21,13 +21,16 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor 
     batch, queries, heads, head_dim = q.shape
     group = heads // k.shape[2]
     k, v = (_shared_heads(t, group).transpose(1, 2) for t in (k, v))
-    bias = (
-        None
-        if mask is None
-        else torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    )
+    bias = None if mask is None else _as_bias(mask, q.dtype)
     out = _SinkAttention.apply(q.transpose(1, 2), k, v, sinks, bias, scale)
     return out.transpose(1, 2).reshape(batch, queries, heads * head_dim)
+
+
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `mask` [..., k] allows and -inf elsewhere; the fused CUDA kernel wants rows that begin on 16 bytes."""
+    keys = mask.shape[-1]
+    rows = torch.zeros(*mask.shape[:-1], keys + -keys % 8, dtype=dtype, device=mask.device)
+    return rows[..., :keys].masked_fill_(~mask, -torch.inf)
 
 
 def _shared_heads(x: Tensor, group: int) -> Tensor:

@@ -206,6 +206,21 @@ def test_a_request_that_fails_gives_its_place_back():
     assert sequence.slot == 0 and len(generation.step()) == 1
 
 
+def test_a_turn_that_fails_is_not_gone_on_from():
+    """What is refused leaves the caches as they are; what breaks off half-way has spoiled them."""
+    loaded = loaded_model(random_model(block_pattern="T"))
+    request = GenerationRequest((1, 2), ComputePolicy(uniform_plan(loaded.model.config, 32)), 1)
+    generation = Generation(loaded, 1, 20)
+    sequence, _ = generation.add(request)
+    with pytest.raises(ConfigError, match="token id 37"):
+        generation.go_on(sequence.number, replace(request, prompt=(37,)))
+    generation.go_on(sequence.number, request)
+    loaded.model.head.weight.fill_(float("nan"))
+    with pytest.raises(RuntimeError):
+        generation.go_on(sequence.number, replace(request, sampling=Sampling(temperature=1.0)))
+    assert generation.free == [0] and not generation.running and not generation.kept
+
+
 def test_padding_of_the_vocabulary_is_never_chosen():
     """The model knows more ids than the tokenizer."""
     loaded = loaded_model(random_model(block_pattern="T", vocab_size=300))
