@@ -21,8 +21,8 @@ from megatron_adamba.config.script import run_script
 from megatron_adamba.files import write_atomically
 
 TIERS = ("easy", "medium", "hard")
-THRESHOLDS = (0.9, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
-ENERGY_PRICES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+THRESHOLDS = (0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998)
+ENERGY_PRICES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004)
 """nats for all of the model's compute for a token"""
 QUALITY_THRESHOLD = 0.95
 """at which the gates' extra loss is measured, at full width"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_adamba.config.rules import in_range, one_of, positive
+from megatron_adamba.errors import ConfigError
 
 
 @dataclass
@@ -54,6 +55,9 @@ class GatesConfig:
     """relative: max(0, loss if it leaves - loss at the end) in nats | absolute: sigmoid(2 - loss if it leaves)"""
     tau: float = 1.0
     """nats at which confidence is 0; leaving at a confidence c costs (1 - c) tau on average"""
+    loss: str = "squared_error"
+    """of the confidence gates: squared_error | deviance (relative only: an error counts in proportion to the cost, for
+    thresholds near 1)"""
     exit_threshold: float = 0.95
     """what training takes for leaving: states that an earlier gate would already have let go count a tenth"""
     predictor: str | None = None
@@ -78,6 +82,12 @@ class GatesConfig:
 
     def check(self) -> None:
         one_of("--gates.target", self.target, ("relative", "absolute"))
+        one_of("--gates.loss", self.loss, ("squared_error", "deviance"))
+        if self.loss == "deviance" and self.target != "relative":
+            raise ConfigError(
+                f"--gates.loss deviance: is of costs in nats, and --gates.target {self.target} is a share; "
+                f"try --gates.loss squared_error"
+            )
         if self.predictor is not None:
             one_of("--gates.predictor", self.predictor, ("relative", "original", "none"))
         for name in ("size", "tau", "regret_scale", "prompt_tokens", "rest_tokens", "positions", "documents", "lr"):

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_adamba.config.sections import GatesConfig
 
+_SMALLEST_COST = 1e-8
+"""nats; nothing is learnt from what is less"""
+
 
 @dataclass(frozen=True)
 class GateReading:
@@ -38,3 +41,14 @@ class GateReading:
         """In [0, 1]; under `absolute` never above sigmoid(2) = 0.88 for a perfect gate."""
         prediction = self.prediction(output)
         return (1 - prediction / self.tau).clamp(min=0) if self.target == "relative" else prediction
+
+
+def deviance(prediction: Tensor, wanted: Tensor) -> Tensor:
+    """wanted log(wanted / prediction) - wanted + prediction, of non-negative values of one shape: half the deviance of
+    Poisson regression (McCullagh and Nelder, Generalized Linear Models, table 2.1), 1e-8 added under the logarithm.
+
+    It is a Bregman divergence, so that the mean is its best prediction as it is of the squared error (Banerjee et al.
+    2005, theorem 1), but an error counts in proportion to what is predicted.
+    """
+    logs = torch.special.xlogy(wanted, wanted) - wanted * torch.log(prediction + _SMALLEST_COST)
+    return logs - wanted + prediction

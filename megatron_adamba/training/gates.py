@@ -14,7 +14,7 @@ from megatron_adamba.blueprint.gates import expansion_layers, gate_manifest, who
 from megatron_adamba.checkpoint.canonical import WEIGHT_PREFIX, load_into, read_index
 from megatron_adamba.checkpoint.rectangles import Fragment, Placement
 from megatron_adamba.checkpoint.training import held_dtypes, load_fragments
-from megatron_adamba.elastic.confidence import GateReading
+from megatron_adamba.elastic.confidence import GateReading, deviance
 from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.layers.gates import Gates
 from megatron_adamba.model.init import initial_tensor
@@ -128,7 +128,7 @@ class GateTrainer:
             grad.copy_(part.view_as(grad))
 
     def _losses(self, one: _Pass) -> Tensor:
-        """[3]: squared errors of confidence gates, expansion gates and estimator, each a mean."""
+        """[3]: errors of confidence gates by `gates.loss`, squared ones of expansion gates and estimator; means."""
         positions = one.taps.request.positions
         scored = one.taps.scored[:, positions]
         final = one.taps.token_losses[:, positions]
@@ -144,7 +144,8 @@ class GateTrainer:
         layers = [layer for layer in self.setup.layers if layer >= self.setup.min_exit_layer]
         outputs = torch.stack([self.gates.leaving(layer, taps.layer(layer)) for layer in layers])
         exits = taps.exit_losses[:, [self.setup.layers.index(layer) for layer in layers]].transpose(0, 1)
-        errors = (self.reading.prediction(outputs) - self.reading.wanted(exits, final)).square()
+        predicted, wanted = self.reading.prediction(outputs), self.reading.wanted(exits, final)
+        errors = deviance(predicted, wanted) if self.setup.gates.loss == "deviance" else (predicted - wanted).square()
         passes = self.reading.confidence(outputs.detach()) > self.setup.gates.exit_threshold
         gone = passes.cumsum(0) - passes.long() > 0
         weights = torch.where(gone, LET_GO, 1.0) * scored

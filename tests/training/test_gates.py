@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from distributed.curve import SEQ_LEN, build_model, micro_batch, run_config
 from distributed.gate_parts import SPANS, gate_setup
 
 from megatron_adamba.data.documents import prompt_spans
-from megatron_adamba.elastic.confidence import GateReading
+from megatron_adamba.elastic.confidence import GateReading, deviance
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan
 from megatron_adamba.model.taps import Taps
 from megatron_adamba.parallel.topology import single_process
@@ -65,10 +66,16 @@ def test_positions_are_of_the_step_alone():
     assert len(set(first.tolist())) == 5 and first.min() >= 0 and first.max() < SEQ_LEN
 
 
-def test_errors_are_those_of_the_formulas():
+def half_deviance(predicted: float, wanted: float) -> float:
+    return predicted - wanted + (wanted * math.log(wanted / (predicted + 1e-8)) if wanted else 0.0)
+
+
+@pytest.mark.parametrize("loss", ["squared_error", "deviance"])
+def test_errors_are_those_of_the_formulas(loss):
     """Confidence with its discount, expansion and regret, in float64 by loops."""
     arguments = {"pattern": "TMTM", "sampling": "sandwich", "gate_size": 8}
     _, model, batch, setup, plan, full, _ = tapped(arguments)
+    setup = replace(setup, gates=replace(setup.gates, loss=loss))
     narrow_plan = ElasticPlan((32, 64, 8, 32), 4)
     narrow = Taps(full.request)
     model(**batch, plan=narrow_plan, taps=narrow)
@@ -96,7 +103,8 @@ def test_errors_are_those_of_the_formulas():
                     wanted = max(0.0, taps.exit_losses[row, index, place].item() - final)
                     weight = LET_GO if gone else 1.0
                     let_go += gone
-                    total, weights = total + weight * (cost - wanted) ** 2, weights + weight
+                    error = (cost - wanted) ** 2 if loss == "squared_error" else half_deviance(cost, wanted)
+                    total, weights = total + weight * error, weights + weight
                     gone |= max(0.0, 1 - cost) > 0.95
                     if taps is narrow and layer >= 3:
                         grows = torch.nn.functional.softplus(gates.widening(layer, state)).item()
@@ -120,6 +128,17 @@ def test_errors_are_those_of_the_formulas():
     trainer.gates.float()
     found = trainer.learn([plan, narrow_plan], [full, narrow], [SPANS])
     assert np.allclose(found.numpy(), expected, rtol=1e-4), (found, expected)
+
+
+def test_deviance_has_the_mean_as_its_best_prediction():
+    """Of costs of which most are 0, and of none at all; its gradients are finite where a prediction vanishes."""
+    costs = torch.tensor([0.0, 0.0, 0.0, 0.02, 1.3, 0.0], dtype=torch.float64)
+    guesses = torch.linspace(0.01, 1, 991, dtype=torch.float64)
+    best = guesses[deviance(guesses[:, None], costs[None]).mean(1).argmin()]
+    assert abs(best - costs.mean()) <= 1e-3
+    output = torch.tensor([-200.0, -200.0, 3.0], requires_grad=True)
+    deviance(torch.nn.functional.softplus(output), torch.tensor([0.0, 0.5, 0.0])).sum().backward()
+    assert output.grad.isfinite().all() and output.grad[0] == 0 and output.grad[2] > 0.9
 
 
 def test_the_original_formulas():
