@@ -35,6 +35,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--exit-threshold", type=float, nargs="+", default=[0.95], help="adaptive: each is a row")
     parser.add_argument("--energy-price", type=float, nargs="+", help="adaptive: each is a row; without, by lookup")
     parser.add_argument("--expand-cost", type=float, default=0.5, help="adaptive: expected nats above which it widens")
+    parser.add_argument("--min-width", type=int, default=1, help="adaptive: the estimator chooses none under it")
     parser.add_argument("--full-width", action="store_true", help="adaptive: exits alone, the estimator is not asked")
     parser.add_argument("--fixed-exits", type=int, default=6, help="adaptive: exits at full width to compare with")
     parser.add_argument("--plot", metavar="FILE", help="picture: bits per byte against active FLOPs per token")

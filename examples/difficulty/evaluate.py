@@ -21,11 +21,13 @@ from megatron_adamba.config.script import run_script
 from megatron_adamba.files import write_atomically
 
 TIERS = ("easy", "medium", "hard")
-THRESHOLDS = (0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998)
+THRESHOLDS = (0.95, 0.98, 0.985, 0.99, 0.993, 0.995, 0.997)
 ENERGY_PRICES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004)
 """nats for all of the model's compute for a token"""
 QUALITY_THRESHOLD = 0.95
 """at which the gates' extra loss is measured, at full width"""
+MIN_WIDTH = 128
+"""of the estimator's choice"""
 MARGIN = 0.002
 """of accuracy"""
 
@@ -67,7 +69,8 @@ def choose(loaded, items, args: argparse.Namespace):
 
     thresholds = THRESHOLDS if args.exit_threshold is None else (args.exit_threshold,)
     prices = ENERGY_PRICES if args.energy_price is None else (args.energy_price,)
-    modes = [Mode("adaptive", None, {"exit_threshold": t}, price) for price in prices for t in thresholds]
+    rules = lambda threshold: {"exit_threshold": threshold, "min_width": MIN_WIDTH}
+    modes = [Mode("adaptive", None, rules(threshold), price) for price in prices for threshold in thresholds]
     if len(modes) == 1:
         return modes[0]
     enough = sum(result.right for result in evaluate_mode(loaded, items, Mode("full"))) - MARGIN * len(items)
@@ -95,11 +98,14 @@ def main(words: list[str]) -> int:
     console = Console()
     chosen = choose(loaded, [item for tier in TIERS for item in read("tuning", tier)], args)
     threshold = chosen.adaptive["exit_threshold"]
-    console.print(f"adaptive: --exit-threshold {threshold} --energy-price {chosen.energy_price}")
+    console.print(
+        f"adaptive: --exit-threshold {threshold} --energy-price {chosen.energy_price} --min-width {MIN_WIDTH}"
+    )
     found = {name: evaluate_mode(loaded, every, mode) for name, mode in (("full", Mode("full")), ("adaptive", chosen))}
     report = {
         "exit_threshold": threshold,
         "energy_price": chosen.energy_price,
+        "min_width": MIN_WIDTH,
         "modes": _modes(console, found, tiers, loaded.model.config.num_layers),
         "gates": _gates(console, loaded, every, found["full"]),
     }

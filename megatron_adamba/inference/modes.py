@@ -57,7 +57,7 @@ class Mode:
             in_range("--energy-price", self.energy_price, 0, NEVER)
         plan = full_plan(config)
         if self.asks_estimator(loaded):
-            plan = ElasticPlan(self._widths(loaded, prompt), config.num_layers)
+            plan = ElasticPlan(self._widths(loaded, prompt, policy.min_width), config.num_layers)
         return ComputePolicy(plan, policy)
 
     def asks_estimator(self, loaded: LoadedModel) -> bool:
@@ -65,11 +65,11 @@ class Mode:
         chooses = self.width is None and self.name == ADAPTIVE and self.predict
         return chooses and loaded.gate_config.predictor != "none"
 
-    def _widths(self, loaded: LoadedModel, prompt: Sequence[int]) -> tuple[int, ...]:
+    def _widths(self, loaded: LoadedModel, prompt: Sequence[int], min_width: int) -> tuple[int, ...]:
         config = loaded.model.config
         scores = prompt_scores(loaded, prompt)
         shares = width_shares(config, max(len(prompt), 1)) if self.energy_price is not None else torch.zeros(0)
-        return predicted_widths(config, scores, loaded.gate_config.regret_scale, shares, self.energy_price)
+        return predicted_widths(config, scores, loaded.gate_config.regret_scale, shares, self.energy_price, min_width)
 
 
 @torch.no_grad()

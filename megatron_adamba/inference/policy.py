@@ -29,6 +29,8 @@ class AdaptivePolicy:
     `absolute` gates that is a confidence under this, 0 for never"""
     min_exit_layer: int = 1
     """blocks that run before the earliest exit"""
+    min_width: int = 1
+    """the estimator chooses no width under it: narrow blocks know later that a token may leave"""
     exit_per: str = "token"
     """token | sequence: all tokens that arrive together leave where the last one's gate says so"""
 
@@ -37,6 +39,7 @@ class AdaptivePolicy:
         in_range("--exit-threshold", self.exit_threshold, 0, 1)
         in_range("--expand-cost", self.expand_cost, 0, NEVER)
         in_range("--min-exit-layer", self.min_exit_layer, 1, NEVER)
+        in_range("--min-width", self.min_width, 1, NEVER)
         one_of("--exit-per", self.exit_per, ("token", "sequence"))
 
     def leaves(self, gates: Gates, reading: GateReading, blocks: int, x: Tensor) -> Tensor:
@@ -71,20 +74,26 @@ def doubled_widths(config: ModelConfig, widths: tuple[int, ...]) -> tuple[int, .
 
 
 def predicted_widths(
-    config: ModelConfig, scores: Tensor, regret_scale: float, shares: Tensor, energy_price: float | None
+    config: ModelConfig,
+    scores: Tensor,
+    regret_scale: float,
+    shares: Tensor,
+    energy_price: float | None,
+    min_width: int = 1,
 ) -> tuple[int, ...]:
     """Per block a width of the nest from the estimator's scores, [num_layers] in [0, 1].
 
     Without a price the narrowest width that is at least the score's share of the whole width. With one the width with
     the least regret_scale * score * (1 - width / whole width)^2 + energy_price * share; shares: [num_layers, widths]
-    of the whole model's compute.
+    of the whole model's compute. Widths under min_width are left out, all but the widest.
     """
     widths = torch.tensor([row.width for row in config.nest], dtype=torch.float64)
     scores = scores.detach().double().cpu()[:, None]
+    allowed = widths >= min(min_width, widths[-1])
     if energy_price is None:
-        enough = widths >= scores * whole_width(config)
+        enough = (widths >= scores * whole_width(config)) & allowed
         chosen = torch.where(enough.any(1), enough.int().argmax(1), len(widths) - 1)
     else:
         regret = regret_scale * scores * (1 - widths / whole_width(config)).clamp(min=0).square()
-        chosen = (regret + energy_price * shares).argmin(1)
+        chosen = (regret + energy_price * shares).masked_fill(~allowed, torch.inf).argmin(1)
     return tuple(int(widths[index]) for index in chosen)

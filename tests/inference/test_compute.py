@@ -90,6 +90,9 @@ def test_widths_from_scores():
     assert predicted_widths(config, scores, 4.0, shares, 0.0) == (8, 32, 32, 32)
     assert predicted_widths(config, scores, 4.0, shares, 1.0) == (8, 8, 32, 32)
     assert predicted_widths(config, scores, 4.0, shares, 1e6) == (8, 8, 8, 8)
+    assert predicted_widths(config, scores, 4.0, shares, 1.0, 9) == (16, 16, 32, 32)
+    assert predicted_widths(config, torch.tensor([0.0, 0.25, 0.26, 1.0]), 4.0, none, None, 16) == (16, 16, 16, 32)
+    assert predicted_widths(config, scores, 4.0, shares, 1e6, 1000) == (32, 32, 32, 32)
     for score, price in ((0.3, 3.0), (0.9, 7.0), (0.1, 0.5)):
         costs = [4 * score * (1 - w / 32) ** 2 + price * share for w, share in zip((8, 16, 32), (0.01, 0.05, 0.2))]
         (chosen, *_) = predicted_widths(config, torch.full((4,), score), 4.0, shares, price)

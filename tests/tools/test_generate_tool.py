@@ -97,6 +97,7 @@ def test_it_ends_at_a_stop_string(tool, checkpoint):  # noqa: F811
         (("--prompt", "x", "--mode", "adaptive", "--exit-threshold", 2), 2, "--exit-threshold 2.0: must lie between"),
         (("--prompt", "x", "--mode", "adaptive", "--exit-per", "word"), 2, "--exit-per word: must be one of token"),
         (("--prompt", "x", "--mode", "adaptive", "--energy-price", -1), 2, "--energy-price -1.0: must lie between"),
+        (("--prompt", "x", "--mode", "adaptive", "--min-width", 0), 2, "--min-width 0: must lie between"),
         (("--prompt", "x", "--seed", -1), 2, "--seed -1: must lie between"),
         (("--file", "/nowhere.txt"), 3, "--file /nowhere.txt: cannot be read as text"),
     ],

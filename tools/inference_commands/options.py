@@ -14,6 +14,7 @@ def add_mode_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-exit-layer", type=int, help="adaptive: blocks before the first exit (as trained)")
     group.add_argument("--exit-per", help="adaptive: token | sequence")
     group.add_argument("--energy-price", type=float, help="adaptive: nats that all compute is worth; else by lookup")
+    group.add_argument("--min-width", type=int, help="adaptive: the estimator chooses none under it")
     group.add_argument("--full-width", action="store_true", help="adaptive: exits alone, the estimator is not asked")
 
 
@@ -39,6 +40,6 @@ def chosen_mode(args: argparse.Namespace):
     """The `Mode` of the options."""
     from megatron_adamba.inference.modes import Mode
 
-    names = ("exit_threshold", "expand_cost", "min_exit_layer", "exit_per")
+    names = ("exit_threshold", "expand_cost", "min_exit_layer", "exit_per", "min_width")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return Mode(args.mode, args.width, given, args.energy_price, predict=not args.full_width)

@@ -29,7 +29,8 @@ def evaluate_policies(args: argparse.Namespace) -> None:
     """Raises ConfigError, DataError, CheckpointError."""
     loaded = load_model(args.model, args.dtype)
     prices = args.energy_price if args.energy_price is not None else [None]
-    modes = adaptive_modes(args.exit_threshold, prices, {"expand_cost": args.expand_cost}, not args.full_width)
+    rules = {"expand_cost": args.expand_cost, "min_width": args.min_width}
+    modes = adaptive_modes(args.exit_threshold, prices, rules, not args.full_width)
     # refuses what cannot be, before anything is measured
     asks = [mode.policy(loaded, [loaded.tokenizer.eod_id]) and mode.asks_estimator(loaded) for _, _, mode in modes]
     if args.items is not None:

@@ -156,7 +156,7 @@ class _Server:
             raise ConfigError(f"max_tokens {most}: this server makes at most {limits.new_tokens}")
         if len(prompts) * body.n > limits.choices:
             raise ConfigError(f"n: {len(prompts) * body.n} texts at once; at most {limits.choices}")
-        names = ("exit_threshold", "expand_cost")
+        names = ("exit_threshold", "expand_cost", "min_width")
         given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
         mode = Mode(body.mode, body.width, given, body.energy_price)
         seed = body.seed if body.seed is not None else uuid.uuid4().int % 2**62

@@ -42,6 +42,7 @@ class _Common(BaseModel):
     energy_price: float | None = Field(None, ge=0)
     exit_threshold: float | None = Field(None, ge=0, le=1)
     expand_cost: float | None = Field(None, ge=0)
+    min_width: int | None = Field(None, ge=1)
     top_k: int = Field(0, ge=0)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
 
