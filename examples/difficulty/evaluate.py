@@ -28,7 +28,7 @@ QUALITY_THRESHOLD = 0.95
 """at which the gates' extra loss is measured, at full width"""
 MIN_WIDTH = 128
 """of the estimator's choice"""
-MARGIN = 0.002
+MARGIN = 0.004
 """of accuracy"""
 
 
