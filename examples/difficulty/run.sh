@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tasks of graded difficulty: data, a model, its gates, and whether it thinks where it has to. About an hour on two CPU
-# cores; everything lands in runs/difficulty.
+# Tasks of graded difficulty: data, a model, its gates, and whether it thinks where it has to. An hour and a half on two
+# CPU cores; everything lands in runs/difficulty.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
