@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_marks import NEEDS_CUDA
 from inference.decoding import TOLERANCE, VOCAB, WIDTHS, random_gates, random_model
 
 from megatron_adamba.elastic.confidence import GateReading
@@ -71,10 +72,9 @@ POLICY = AdaptivePolicy(exit_threshold=0.4, expand_cost=0.5, min_exit_layer=1)
 
 CUDA_TOLERANCE = 1e-3
 """Triton's float32 products use TF32: logits differ by up to 2e-4 on an H100"""
-CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_ragged_batch_equals_the_reference(name, device):
     """Prompts of different lengths, fed at once, then token by token together; each with widths of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_marks import NEEDS_CUDA
 
 from megatron_adamba.ops.attention import attend, attention_mask, segment_positions
 
@@ -19,8 +20,7 @@ def written_out(q, k, v, sinks, mask, scale):
     return torch.einsum("bhqk,bkhd->bqhd", shares, v).flatten(2)
 
 
-CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 
 
 def inputs(seq: int, heads: int, kv_heads: int, dtype=torch.float32, device="cpu") -> list[torch.Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from cuda_marks import NEEDS_CUDA
 from training.runs import ROOT, arguments, losses, train, write_corpus
 from training.test_resume import forget_after
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = NEEDS_CUDA
 
 RUNS = {
     "hybrid": ("zero1_fp32.json", {"model__block_pattern": "TMTM", "optimizer__name": "muon"}),
