@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The quickstart's model with exits and gates, and its own choices beside its fixed widths: runs/adaptive. After
-# `make quickstart`, whose data and tokenizer it uses.
+# A model twice as deep as the quickstart's on the same text, with exits and gates; its own choices beside its fixed
+# widths: runs/adaptive. After `make quickstart`, whose data and tokenizer it uses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -8,7 +8,8 @@ run=runs/adaptive
 . examples/ranks.sh
 
 rm -rf $run/checkpoints $run/model
-$threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid --train.phase 2 \
-    --elastic.min_exit_layer 2 --elastic.mixed_exit_fraction 0.5 --gates.positions 64 --gates.warmup_steps 50 --logging.run_dir $run
+$threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid --model.block_pattern "(TM)x6" \
+    --train.phase 2 --train.steps 360 --train.eval_interval 0 --elastic.exit_fraction 0.7 --elastic.mixed_exit_fraction 0.5 \
+    --gates.target signed --gates.loss deviance --gates.positions 64 --gates.warmup_steps 50 --logging.run_dir $run
 python tools/evaluate.py --model $run/model --data runs/quickstart/data/validation --adaptive --max-tokens 40000 \
     --exit-threshold 0.3 0.6 0.8 0.9 0.95 1 --energy-price 0.05 0.2 0.5 1 2 --plot $run/pareto.png --json $run/adaptive.json

@@ -37,6 +37,10 @@ class ElasticConfig:
             positive("--elastic.min_exit_layer", self.min_exit_layer)
 
 
+COST_TARGETS = ("relative", "signed")
+"""of the confidence gates: those in nats"""
+
+
 def default_predictor(width_sampling: str | None) -> str:
     """What `--gates.predictor` comes to where nothing is said."""
     return "relative" if width_sampling == "sandwich" else "none"
@@ -52,12 +56,14 @@ class GatesConfig:
     size: int = 64
     """hidden units of each, where the model has none yet"""
     target: str = "relative"
-    """relative: max(0, loss if it leaves - loss at the end) in nats | absolute: sigmoid(2 - loss if it leaves)"""
+    """relative: max(0, loss if it leaves - loss at the end) in nats | signed: the difference as it is, so that tokens
+    that nobody can foresee, now better off by leaving and now worse, may leave | absolute: sigmoid(2 - loss if it
+    leaves)"""
     tau: float = 1.0
     """nats at which confidence is 0; leaving at a confidence c costs (1 - c) tau on average"""
     loss: str = "squared_error"
-    """of the confidence gates: squared_error | deviance (relative only: an error counts in proportion to the cost, for
-    thresholds near 1)"""
+    """of the confidence gates: squared_error | deviance (of targets in nats: an error counts in proportion to the cost,
+    for thresholds near 1)"""
     exit_threshold: float = 0.95
     """what training takes for leaving: states that an earlier gate would already have let go count a tenth"""
     predictor: str | None = None
@@ -81,9 +87,9 @@ class GatesConfig:
     """their own"""
 
     def check(self) -> None:
-        one_of("--gates.target", self.target, ("relative", "absolute"))
+        one_of("--gates.target", self.target, (*COST_TARGETS, "absolute"))
         one_of("--gates.loss", self.loss, ("squared_error", "deviance"))
-        if self.loss == "deviance" and self.target != "relative":
+        if self.loss == "deviance" and self.target not in COST_TARGETS:
             raise ConfigError(
                 f"--gates.loss deviance: is of costs in nats, and --gates.target {self.target} is a share; "
                 f"try --gates.loss squared_error"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_adamba.data.indexed_dataset import IndexedDataset
 from megatron_adamba.data.tokenizer import Tokenizer
 from megatron_adamba.elastic.plan import full_plan
@@ -119,3 +121,15 @@ def policy_row(
         mean_exit=sum(sum(result.answer_exits) for result in results) / scored,
         mean_width=sum(sum(result.answer_widths) for result in results) / scored,
     )
+
+
+def over_widths(rows: Sequence[PolicyRow]) -> dict[str, float]:
+    """By name, how far each adaptive row lies over the curve of the fixed widths at its own FLOPs (under it: negative):
+    bits per byte, or nats per token where bytes are not known. Rows beside the curve's ends are left out."""
+    value = lambda row: row.nats_per_token if row.bits_per_byte is None else row.bits_per_byte
+    curve = sorted((row.flops_per_token, value(row)) for row in rows if row.kind == "width")
+    gaps = {}
+    for row in rows:
+        if row.kind == "adaptive" and curve[0][0] <= row.flops_per_token <= curve[-1][0]:
+            gaps[row.name] = value(row) - float(np.interp(row.flops_per_token, *zip(*curve)))
+    return gaps

@@ -13,6 +13,7 @@ from tools.test_small_tools import TEXTS, dataset, tool  # noqa: F401
 from megatron_adamba.blueprint.flops import forward_flops
 from megatron_adamba.elastic.plan import uniform_plan
 from megatron_adamba.inference.adaptive import run_adaptively
+from megatron_adamba.inference.adaptive_evaluation import PolicyRow, over_widths
 from megatron_adamba.inference.compute import ComputeMeter
 from megatron_adamba.inference.gate_quality import extra_loss, gate_quality
 from megatron_adamba.inference.items import Item, evaluate_grid, evaluate_mode, read_items
@@ -164,7 +165,12 @@ def test_a_dataset(tool, checkpoint, dataset, tmp_path):  # noqa: F811
     more = ("--exit-threshold", 0.4, 0.9, "--energy-price", 0.5, 5, "--fixed-exits", 2)
     code, out, _err = tool("evaluate", *words, *more, "--json", table, "--plot", picture)
     assert code == 0 and picture.read_bytes().startswith(PNG) and "44 scored tokens of 5 pieces" in out
-    rows = json.loads(table.read_text())["rows"]
+    report = json.loads(table.read_text())
+    rows, gaps = report["rows"], report["over_widths"]
+    low, high = min(gaps.values()), max(gaps.values())
+    assert f"in bits per byte: {low:+.4f} (" in out.replace("\n", " ") and f" to {high:+.4f} (" in out.replace(
+        "\n", " "
+    )
     kinds = [row["kind"] for row in rows]
     assert kinds == ["width"] * 3 + ["exit"] * 2 + ["adaptive"] * 4
     assert [row["name"] for row in rows[-2:]] == ["exit 0.4, price 5", "exit 0.9, price 5"]
@@ -183,6 +189,19 @@ def test_a_dataset(tool, checkpoint, dataset, tmp_path):  # noqa: F811
     assert rows[1]["nats_per_token"] == pytest.approx(total / scored, abs=1e-5)
     assert rows[1]["bits_per_byte"] == pytest.approx(total / math.log(2) / num_bytes, abs=1e-5)
     assert all(row["mean_exit"] < 8 for row in rows if "exit 0.4" in row["name"]) and rows[2]["saved"] == 0
+
+
+def test_distance_from_the_curve_of_the_widths():
+    """Between two widths, on a width, beside the ends, and in nats where there are no bytes; the curve in any order."""
+    points = [("width", 30, 1.0), ("width", 10, 2.0), ("width", 14, 1.6), ("exit", 20, 9.0), ("adaptive", 22, 1.25)]
+    points += [("adaptive", 14, 1.5), ("adaptive", 9, 1.0), ("adaptive", 31, 1.0), ("adaptive", 12, 1.9)]
+    for bits in (True, False):
+        rows = [
+            PolicyRow(kind, str(place), 7.0 if bits else value, value if bits else None, 0, 0, flops, 0, 0, 0)
+            for place, (kind, flops, value) in enumerate(points)
+        ]
+        found = over_widths(rows)
+        assert found == pytest.approx({"4": 1.25 - 1.3, "5": 1.5 - 1.6, "8": 1.9 - 1.8})
 
 
 def test_items_from_a_file(tool, checkpoint, tmp_path):  # noqa: F811

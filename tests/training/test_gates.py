@@ -67,15 +67,21 @@ def test_positions_are_of_the_step_alone():
 
 
 def half_deviance(predicted: float, wanted: float) -> float:
-    return predicted - wanted + (wanted * math.log(wanted / (predicted + 1e-8)) if wanted else 0.0)
+    if wanted > 0:
+        return predicted - wanted + wanted * math.log(wanted / (predicted + 1e-8))
+    return predicted + abs(wanted) * math.log((predicted + 1e-8) / 1e-8)
 
 
-@pytest.mark.parametrize("loss", ["squared_error", "deviance"])
-def test_errors_are_those_of_the_formulas(loss):
+LOSSES = {"squared_error": lambda predicted, wanted: (predicted - wanted) ** 2, "deviance": half_deviance}
+
+
+@pytest.mark.parametrize("target", ["relative", "signed"])
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_errors_are_those_of_the_formulas(loss, target):
     """Confidence with its discount, expansion and regret, in float64 by loops."""
     arguments = {"pattern": "TMTM", "sampling": "sandwich", "gate_size": 8}
     _, model, batch, setup, plan, full, _ = tapped(arguments)
-    setup = replace(setup, gates=replace(setup.gates, loss=loss))
+    setup = replace(setup, gates=replace(setup.gates, loss=loss, target=target))
     narrow_plan = ElasticPlan((32, 64, 8, 32), 4)
     narrow = Taps(full.request)
     model(**batch, plan=narrow_plan, taps=narrow)
@@ -88,7 +94,7 @@ def test_errors_are_those_of_the_formulas(loss):
     expected = np.zeros(3)
     positions = full.request.positions.tolist()
     scored = batch["labels"] != -100
-    let_go = 0
+    let_go = gains = 0
     for taps in (full, narrow):
         total = weights = lost = count = 0.0
         for row in range(2):
@@ -100,11 +106,12 @@ def test_errors_are_those_of_the_formulas(loss):
                 for index, layer in enumerate(setup.layers):
                     state = taps.layer(layer)[row, place].double()
                     cost = torch.nn.functional.softplus(gates.leaving(layer, state)).item()
-                    wanted = max(0.0, taps.exit_losses[row, index, place].item() - final)
+                    wanted = taps.exit_losses[row, index, place].item() - final
+                    gains += wanted < 0
+                    wanted = max(0.0, wanted) if target == "relative" else wanted
                     weight = LET_GO if gone else 1.0
                     let_go += gone
-                    error = (cost - wanted) ** 2 if loss == "squared_error" else half_deviance(cost, wanted)
-                    total, weights = total + weight * error, weights + weight
+                    total, weights = total + weight * LOSSES[loss](cost, wanted), weights + weight
                     gone |= max(0.0, 1 - cost) > 0.95
                     if taps is narrow and layer >= 3:
                         grows = torch.nn.functional.softplus(gates.widening(layer, state)).item()
@@ -124,21 +131,29 @@ def test_errors_are_those_of_the_formulas(loss):
             guess = setup.gates.regret_scale * sum(s.item() * share for s, share in zip(scores, shares))
             regrets, documents = regrets + (guess - mean) ** 2, documents + 1
     expected[2] = regrets / documents / 2
-    assert let_go > 0 and documents == 3
+    assert let_go > 0 and gains > 0 and documents == 3
     trainer.gates.float()
     found = trainer.learn([plan, narrow_plan], [full, narrow], [SPANS])
     assert np.allclose(found.numpy(), expected, rtol=1e-4), (found, expected)
 
 
-def test_deviance_has_the_mean_as_its_best_prediction():
-    """Of costs of which most are 0, and of none at all; its gradients are finite where a prediction vanishes."""
-    costs = torch.tensor([0.0, 0.0, 0.0, 0.02, 1.3, 0.0], dtype=torch.float64)
+@pytest.mark.parametrize("last", [0.0, -0.3])
+def test_deviance_has_the_mean_as_its_best_prediction(last):
+    """Of costs of which most are 0 and some a gain."""
+    costs = torch.tensor([0.0, 0.0, 0.0, 0.02, 1.3, last], dtype=torch.float64)
     guesses = torch.linspace(0.01, 1, 991, dtype=torch.float64)
     best = guesses[deviance(guesses[:, None], costs[None]).mean(1).argmin()]
     assert abs(best - costs.mean()) <= 1e-3
-    output = torch.tensor([-200.0, -200.0, 3.0], requires_grad=True)
-    deviance(torch.nn.functional.softplus(output), torch.tensor([0.0, 0.5, 0.0])).sum().backward()
-    assert output.grad.isfinite().all() and output.grad[0] == 0 and output.grad[2] > 0.9
+
+
+def test_deviance_at_its_ends():
+    """0 and no more at the best prediction; gradients of an output are finite where the prediction vanishes."""
+    wanted = torch.tensor([0.7, 0.0, -0.4], dtype=torch.float64)
+    best = wanted.clamp(min=0)
+    assert deviance(best, wanted).abs().max() < 1e-7 and (deviance(best + 0.01, wanted) > 1e-5).all()
+    output = torch.tensor([-200.0, -200.0, -200.0, 3.0], requires_grad=True)
+    deviance(torch.nn.functional.softplus(output), torch.tensor([0.0, 0.5, -0.5, 0.0])).sum().backward()
+    assert output.grad.isfinite().all() and output.grad[0] == 0 and output.grad[3] > 0.9
 
 
 def test_the_original_formulas():
@@ -170,16 +185,18 @@ def test_the_original_formulas():
     assert np.allclose(found.detach().numpy(), [total / weights, 0, scores / documents], rtol=1e-4)
 
 
-@pytest.mark.parametrize("target", ["relative", "absolute"])
+@pytest.mark.parametrize("target", ["relative", "signed", "absolute"])
 def test_readings(target):
     reading, outputs = GateReading(target, 1.0), torch.linspace(-9, 9, 50)
     assert ((reading.confidence(outputs) >= 0) & (reading.confidence(outputs) <= 1)).all()
     exits, final = torch.tensor([0.0, 3.0, 1.0]), torch.tensor([0.0, 1.0, 2.0])
-    wanted = {"relative": [0.0, 2.0, 0.0], "absolute": torch.sigmoid(2 - exits).tolist()}[target]
+    wanted = {"relative": [0.0, 2.0, 0.0], "signed": [0.0, 2.0, -1.0], "absolute": torch.sigmoid(2 - exits).tolist()}[
+        target
+    ]
     assert reading.wanted(exits, final).tolist() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("target", ["relative", "absolute"])
+@pytest.mark.parametrize("target", ["relative", "signed", "absolute"])
 def test_gates_that_have_learned_nothing_let_no_token_leave(target):
     setup = gate_setup(run_config(sampling="sandwich", gate_size=8, pattern="TMTM"), SEQ_LEN, target=target)
     trainer = GateTrainer(setup, single_process(), DEVICE)

@@ -20,6 +20,7 @@ from megatron_adamba.inference.adaptive_evaluation import (
     document_items,
     evaluate_modes,
     fixed_modes,
+    over_widths,
 )
 from megatron_adamba.inference.items import read_items
 from megatron_adamba.inference.load import load_model
@@ -42,9 +43,17 @@ def evaluate_policies(args: argparse.Namespace) -> None:
     modes = [*fixed_modes(loaded, args.fixed_exits), *modes]
     rows = evaluate_modes(loaded, items, modes, num_bytes, args.batch_size)
     scored = sum(len(item.answer) for item in items)
-    print_policies(Console(), rows, f"{scored:,} scored tokens of {len(items):,} pieces")
+    console = Console()
+    print_policies(console, rows, f"{scored:,} scored tokens of {len(items):,} pieces")
+    if gaps := over_widths(rows):
+        unit = "nats per token" if num_bytes is None else "bits per byte"
+        low, high = (pick(gaps, key=gaps.get) for pick in (min, max))
+        console.print(
+            f"against the curve of the fixed widths, in {unit}: {gaps[low]:+.4f} ({low}) to {gaps[high]:+.4f} ({high})"
+        )
     if args.json:
-        report = {"model": args.model, "data": str(args.data or args.items), "rows": [asdict(row) for row in rows]}
+        found = [asdict(row) for row in rows]
+        report = {"model": args.model, "data": str(args.data or args.items), "rows": found, "over_widths": gaps}
         write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
     if args.plot:
         draw_policies(rows, Path(args.plot))
