@@ -22,7 +22,7 @@ from megatron_adamba.files import write_atomically
 
 TIERS = ("easy", "medium", "hard")
 THRESHOLDS = (0.98, 0.985, 0.99, 0.993, 0.995, 0.997, 0.998)
-ENERGY_PRICES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.004)
+ENERGY_PRICES = (0.0005, 0.002, 0.004)
 """nats for all of the model's compute for a token"""
 QUALITY_THRESHOLD = 0.95
 """at which the gates' extra loss is measured, at full width"""
