@@ -4,7 +4,8 @@ every fixed width and exit.
 python examples/difficulty/evaluate.py --model runs/difficulty/model --data runs/difficulty/data
 
 Unless they are given, threshold and energy price are chosen on the tuning items: the cheapest that come within MARGIN
-of full compute's accuracy there. What is reported are the held-out items.
+of full compute's accuracy there and give each tier more width and depth than the one before. What is reported are the
+held-out items.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -62,8 +64,9 @@ def saved(results) -> float:
     return 1 - sum(result.flops for result in results) / sum(result.full_flops for result in results)
 
 
-def choose(loaded, items, args: argparse.Namespace):
-    """The mode that saves most of those that come within MARGIN of full compute; the most accurate where none does."""
+def choose(loaded, tiers: dict[str, list], args: argparse.Namespace):
+    """The mode that saves most of those within MARGIN of full compute that think more for each harder tier; without
+    one, of those within MARGIN; without one, the most accurate."""
     from megatron_adamba.inference.items import evaluate_mode
     from megatron_adamba.inference.modes import Mode
 
@@ -73,13 +76,25 @@ def choose(loaded, items, args: argparse.Namespace):
     modes = [Mode("adaptive", None, rules(threshold), price) for price in prices for threshold in thresholds]
     if len(modes) == 1:
         return modes[0]
+    items = [item for tier in tiers.values() for item in tier]
     enough = sum(result.right for result in evaluate_mode(loaded, items, Mode("full"))) - MARGIN * len(items)
     tried = []
     for mode in modes:
         results = evaluate_mode(loaded, items, mode)
         right = sum(result.right for result in results)
-        tried.append((right >= enough, saved(results) if right >= enough else right, mode))
-    return max(tried, key=lambda row: row[:2])[2]
+        rows = list(by_tier(results, tiers, loaded.model.config.num_layers).values())
+        rises = all(one[key] < harder[key] for one, harder in pairwise(rows) for key in ("mean_exit", "mean_width"))
+        tried.append((right >= enough, right < enough or rises, saved(results) if right >= enough else right, mode))
+    return max(tried, key=lambda row: row[:3])[3]
+
+
+def by_tier(results, tiers: dict[str, list], depth: int) -> dict[str, dict[str, float]]:
+    """results: of all items of all tiers, in order."""
+    start, rows = 0, {}
+    for tier, items in tiers.items():
+        rows[tier] = summary(results[start : start + len(items)], depth)
+        start += len(items)
+    return rows
 
 
 def main(words: list[str]) -> int:
@@ -96,7 +111,7 @@ def main(words: list[str]) -> int:
     tiers = {tier: read("heldout", tier) for tier in TIERS}
     every = [item for items in tiers.values() for item in items]
     console = Console()
-    chosen = choose(loaded, [item for tier in TIERS for item in read("tuning", tier)], args)
+    chosen = choose(loaded, {tier: read("tuning", tier) for tier in TIERS}, args)
     threshold = chosen.adaptive["exit_threshold"]
     console.print(
         f"adaptive: --exit-threshold {threshold} --energy-price {chosen.energy_price} --min-width {MIN_WIDTH}"
@@ -125,11 +140,7 @@ def _modes(console, found, tiers, depth: int) -> dict[str, dict]:
         table.add_column(name, justify="right")
     modes = {}
     for name, results in found.items():
-        start, rows = 0, {}
-        for tier, items in tiers.items():
-            rows[tier] = summary(results[start : start + len(items)], depth)
-            start += len(items)
-        modes[name] = rows | {"all": summary(results, depth)}
+        modes[name] = by_tier(results, tiers, depth) | {"all": summary(results, depth)}
         for tier, row in modes[name].items():
             table.add_row(name, tier, f"{row['accuracy']:.1%}", f"{row['left_early']:.1%}", f"{row['mean_exit']:.2f}",
                           f"{row['mean_width']:.1f}", f"{row['saved']:.1%}")  # fmt: skip

@@ -82,9 +82,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def peak_megabytes(*words: object) -> float:
-    """Of the tool's own process: getrusage would count what the process that started it had at that moment."""
+    """Of the tool's own process: getrusage would count what the process that started it had at that moment. What is
+    freed goes back at once (mallopt(3)): how much malloc would keep of it depends on where things happen to lie."""
     program = [sys.executable, "-c", PROGRAM, str(TOOL), *map(str, words)]
-    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=120)
+    returning = environment() | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(program, env=returning, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return int(done.stderr.split()[-2]) / 1024
 
