@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tasks of graded difficulty: data, a model, its gates, and whether it thinks where it has to. An hour and a half on two
+# Tasks of graded difficulty: data, a model, its gates, and whether it thinks where it has to. Two hours on two
 # CPU cores; everything lands in runs/difficulty.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
