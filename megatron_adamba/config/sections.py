@@ -37,7 +37,7 @@ class ElasticConfig:
             positive("--elastic.min_exit_layer", self.min_exit_layer)
 
 
-COST_TARGETS = ("relative", "signed")
+COST_TARGETS = ("relative", "signed", "divergence")
 """of the confidence gates: those in nats"""
 
 
@@ -57,8 +57,9 @@ class GatesConfig:
     """hidden units of each, where the model has none yet"""
     target: str = "relative"
     """relative: max(0, loss if it leaves - loss at the end) in nats | signed: the difference as it is, so that tokens
-    that nobody can foresee, now better off by leaving and now worse, may leave | absolute: sigmoid(2 - loss if it
-    leaves)"""
+    that nobody can foresee, now better off by leaving and now worse, may leave | divergence: KL(predictions at the end
+    || if it leaves), the mean of `signed` over what the model itself expects next, without the noise of the one token
+    that came | absolute: sigmoid(2 - loss if it leaves)"""
     tau: float = 1.0
     """nats at which confidence is 0; leaving at a confidence c costs (1 - c) tau on average"""
     loss: str = "squared_error"

@@ -20,7 +20,7 @@ class GateReading:
     """Turns outputs into costs and confidence, and losses into targets; all of any shape."""
 
     target: str
-    """relative | signed | absolute"""
+    """relative | signed | divergence | absolute"""
     tau: float
 
     @classmethod
@@ -37,7 +37,9 @@ class GateReading:
         return F.softplus(output) if self._in_nats else torch.sigmoid(-output)
 
     def wanted(self, exit_loss: Tensor, final_loss: Tensor) -> Tensor:
-        """The target of a confidence gate, from the loss of leaving here and that of running to the end."""
+        """The target of a confidence gate, from the loss of leaving here and that of running to the end; that of
+        `divergence` is no matter of losses."""
+        assert self.target != "divergence"
         if not self._in_nats:
             return torch.sigmoid(2 - exit_loss)
         cost = exit_loss - final_loss

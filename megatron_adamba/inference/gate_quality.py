@@ -36,7 +36,7 @@ def gate_quality(
     """All tokens run to the end at full width; gates read the states on the way."""
     model, first = loaded.model, loaded.min_exit_layer
     layers = range(first, model.config.num_layers)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for places, tokens in batches(items, batch_size):
         chosen = [items[place] for place in places]
         rows = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(item.answer) for item in chosen]))
@@ -46,9 +46,12 @@ def gate_quality(
         states = torch.stack([x[rows, where] for x in streams])
         losses = torch.stack([F.cross_entropy(model.logits(x[None])[0], answers, reduction="none") for x in states])
         outputs = torch.stack([loaded.gates.leaving(layer, x) for layer, x in zip(layers, states)])
-        parts.append((outputs, losses[:-1], losses[-1:]))
-    outputs, exits, final = (torch.cat(tensors, dim=1).double() for tensors in zip(*parts))
-    wanted = loaded.reading.wanted(exits, final)
+        if loaded.reading.target == "divergence":
+            wanted = model.divergences(states)
+        else:
+            wanted = loaded.reading.wanted(losses[:-1], losses[-1:])
+        parts.append((outputs, wanted, losses[:-1], losses[-1:]))
+    outputs, wanted, exits, final = (torch.cat(tensors, dim=1).double() for tensors in zip(*parts))
     passes = loaded.reading.confidence(outputs) > threshold
     leaves = passes.any(0)
     at = passes.int().argmax(0)

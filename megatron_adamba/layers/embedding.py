@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_adamba.blueprint.manifest import vocab_unit
+from megatron_adamba.ops.head_divergence import head_divergence
 from megatron_adamba.ops.linear_cross_entropy import linear_cross_entropy, softcap_, token_losses
 from megatron_adamba.ops.rms_norm import rms_norm
 from megatron_adamba.ops.vocab_parallel_cross_entropy import (
@@ -50,7 +51,13 @@ class Vocabulary:
 
         x: [batch, seq, hidden_size] in the form of the residual stream. Only the first of the three ever holds the
         logits of a whole vocabulary; under tensor parallelism it has no gradient.
+
+        Reduction "divergence" takes states x: [states, tokens, hidden_size], whole on every rank, and gives how far
+        each but the last lies from the last, [states - 1, tokens]: see `head_divergence`.
         """
+        if reduction == "divergence":
+            shard = VocabularyShard(self.size, self.first, self.tp) if self.tp.size > 1 else None
+            return head_divergence(x, weight, softcap, shard)
         if labels is None:
             logits = self._logits(x, weight)
             return softcap_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)

@@ -154,7 +154,8 @@ class AdambaModel(nn.Module):
         out = self._head(self.final_norm(x), padded, reduction, losses)
         taps.token_losses = losses[:, : tokens.shape[1]]
         with torch.no_grad():
-            taps.finish(lambda state, wanted: self._head(self.final_norm(state), wanted, "none"), labels, self.tp)
+            exit_losses = lambda state, wanted: self._head(self.final_norm(state), wanted, "none")
+            taps.finish(exit_losses, self.divergences, labels, self.tp)
         return out
 
     def _head(
@@ -235,6 +236,12 @@ class AdambaModel(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """[batch, seq, vocab_size] in fp32 of residuals [batch, seq, hidden_size], whichever blocks they lie behind."""
         return self._head(self.final_norm(x))
+
+    def divergences(self, states: Tensor) -> Tensor:
+        """KL divergence in nats of the predictions at each state from those at the last, [states - 1, tokens], without
+        gradient. states: residuals [states, tokens, hidden_size], whole on every rank, whichever blocks they lie
+        behind."""
+        return self._head(self.final_norm(states), reduction="divergence")
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary embedding at positions [n], [n, head_dim / 2] each in fp32."""

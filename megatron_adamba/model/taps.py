@@ -15,6 +15,8 @@ from megatron_adamba.parallel.tensor import TensorParallel
 
 HeadLosses = Callable[[Tensor, Tensor], Tensor]
 """(residual in the stream's form, labels [batch, seq]) to each position's loss [batch, seq], without gradient"""
+HeadDivergences = Callable[[Tensor], Tensor]
+"""residuals [states, tokens, hidden_size] to how far each but the last predicts from the last, [states - 1, tokens]"""
 _DOCUMENTS = -1
 """key of the mean embeddings among the states"""
 
@@ -29,6 +31,9 @@ class TapRequest:
     """[n] int64 places in every sequence"""
     documents: Tensor | None = None
     """[batch, documents, 2] int64: first place and number of tokens, 0 for none, whose mean embedding is kept"""
+    compared_with: int | None = None
+    """blocks of the whole model: what leaving changes is then the divergence from the predictions behind the last one,
+    and not the loss on the token that came"""
 
     @property
     def size(self) -> int:
@@ -50,6 +55,9 @@ class Taps:
         self._states: dict[int, Tensor] = {}
         self.exit_losses = torch.zeros(0)
         """[batch, layers, n] nats of a pass that leaves there, 0 where unscored; on the ranks with the head"""
+        self.divergences = torch.zeros(0)
+        """[batch, layers, n] nats from the predictions at the end to those there; in place of `exit_losses` where the
+        request compares"""
         self.token_losses = torch.zeros(0)
         """[batch, seq] nats of the pass, 0 where unscored; filled while its mean loss is taken"""
         self.scored = torch.zeros(0, dtype=torch.bool)
@@ -57,7 +65,7 @@ class Taps:
 
     def behind(self, blocks: int, x: Tensor, tp: TensorParallel) -> None:
         """The stream behind so many blocks; 0 is the embedding. x: [batch, seq, hidden_size] in the stream's form."""
-        if blocks in self.request.layers:
+        if blocks in self.request.layers or blocks == self.request.compared_with:
             self._states[blocks] = self._at_positions(x.detach(), tp)
         if blocks == 0 and self.request.documents is not None:
             self._states[_DOCUMENTS] = self._mean_embeddings(x.detach(), tp)
@@ -88,8 +96,8 @@ class Taps:
         """[batch, documents, hidden_size]."""
         return self._states[_DOCUMENTS]
 
-    def finish(self, head: HeadLosses, labels: Tensor, tp: TensorParallel) -> None:
-        """On the ranks with the head, behind a pass to the last block: the losses of leaving at each state."""
+    def finish(self, head: HeadLosses, divergences: HeadDivergences, labels: Tensor, tp: TensorParallel) -> None:
+        """On the ranks with the head, behind a pass to the last block: what leaving at each state comes to."""
         self.scored = labels != IGNORED
         if tp.sequence_parallel:
             together = torch.cat(list(self._states.values()), dim=1)
@@ -98,6 +106,11 @@ class Taps:
             self._states = dict(zip(self._states, parts))
         layers, positions = self.request.layers, self.request.positions
         if not layers:
+            return
+        if self.request.compared_with is not None:
+            kept = torch.stack([self._states[layer] for layer in (*layers, self.request.compared_with)])
+            found = divergences(kept.flatten(1, 2))
+            self.divergences = found.unflatten(1, (-1, len(positions))).transpose(0, 1)
             return
         states = torch.cat([self._states[layer] for layer in layers], dim=1)
         wanted = labels[:, positions].repeat(1, len(layers))

@@ -72,4 +72,5 @@ class GateSetup:
         count = min(self.gates.positions, self.seq_len)
         chosen = np.sort(generator.choice(self.seq_len, size=count, replace=False))
         documents = spans[..., :2].to(device) if spans.shape[1] else None
-        return TapRequest(self.layers, torch.from_numpy(chosen).to(device), documents)
+        end = self.model.num_layers if self.gates.target == "divergence" else None
+        return TapRequest(self.layers, torch.from_numpy(chosen).to(device), documents, end)

@@ -143,8 +143,12 @@ class GateTrainer:
         """Over layers and scored positions; what an earlier gate lets go counts LET_GO."""
         layers = [layer for layer in self.setup.layers if layer >= self.setup.min_exit_layer]
         outputs = torch.stack([self.gates.leaving(layer, taps.layer(layer)) for layer in layers])
-        exits = taps.exit_losses[:, [self.setup.layers.index(layer) for layer in layers]].transpose(0, 1)
-        predicted, wanted = self.reading.prediction(outputs), self.reading.wanted(exits, final)
+        chosen = [self.setup.layers.index(layer) for layer in layers]
+        if self.reading.target == "divergence":
+            wanted = taps.divergences[:, chosen].transpose(0, 1)
+        else:
+            wanted = self.reading.wanted(taps.exit_losses[:, chosen].transpose(0, 1), final)
+        predicted = self.reading.prediction(outputs)
         errors = deviance(predicted, wanted) if self.setup.gates.loss == "deviance" else (predicted - wanted).square()
         passes = self.reading.confidence(outputs.detach()) > self.setup.gates.exit_threshold
         gone = passes.cumsum(0) - passes.long() > 0

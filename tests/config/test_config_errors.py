@@ -47,7 +47,7 @@ FLAGS = [
     (["--elastic.plans_per_step", "0"], "--elastic.plans_per_step 0: must be above 0"),
     (["--elastic.width_sampling", "per-layer"], "full, uniform, per_layer, sandwich; for example --elastic.width_samp"),
     (["--gates.loss", "mse"], "--gates.loss mse: must be one of squared_error, deviance"),
-    (["--gates.target", "sign"], "--gates.target sign: must be one of relative, signed, absolute"),
+    (["--gates.target", "sign"], "--gates.target sign: must be one of relative, signed, divergence, absolute"),
     (["--gates.loss", "deviance", "--gates.target", "absolute"], "is a share; try --gates.loss squared_error"),
     (["--checkpoint.keep_last", "0"], "--checkpoint.keep_last 0: must be above 0"),
     (["--checkpoint.interval", "-5"], "--checkpoint.interval -5: must lie between"),

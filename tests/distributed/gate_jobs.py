@@ -13,13 +13,21 @@ from megatron_adamba.training.gates import GateTrainer
 from megatron_adamba.training.schedule import learning_rate_factor
 
 
-def gated_curve(info, arguments: dict[str, Any], stage: int, gated: bool, steps: int = 6, **layout: Any) -> dict:
+def gated_curve(
+    info,
+    arguments: dict[str, Any],
+    stage: int,
+    gated: bool,
+    steps: int = 6,
+    target: str = "relative",
+    **layout: Any,
+) -> dict:
     """A job: losses and norms, the backbone's weights as one number each, and the gates' weights and errors on the
     ranks that have them. gated: False leaves taps and gates out."""
     config = run_config(**arguments)
     session = build_session(info, config, stage, **layout)
     sampler, topology = PlanSampler(config.model, config.elastic, config.train.seed), session.topology
-    setup = gate_setup(config, SEQ_LEN)
+    setup = gate_setup(config, SEQ_LEN, target=target)
     has_head = getattr(session, "stages", None) is None or topology.place("pp") == session.stages.loss_rank
     trainer = GateTrainer(setup, topology, info.device) if gated and has_head else None
     dp, dp_rank = topology.size("dp"), topology.place("dp")

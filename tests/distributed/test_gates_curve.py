@@ -33,8 +33,9 @@ EXPERTS = {
 @pytest.fixture(scope="module")
 def alone(workers):
     @functools.cache
-    def run(arguments: str, gated: bool) -> dict:
-        (job,) = workers(1).run("gate_jobs", "gated_curve", arguments=json.loads(arguments), stage=0, gated=gated)
+    def run(arguments: str, gated: bool, target: str = "relative") -> dict:
+        settings = {"arguments": json.loads(arguments), "gated": gated, "target": target}
+        (job,) = workers(1).run("gate_jobs", "gated_curve", stage=0, **settings)
         return job
 
     return run
@@ -63,10 +64,15 @@ def test_backbone_is_the_same_bit_for_bit(alone, arguments):
         (HYBRID, 2, 1, {"pp": 2}),
         (HYBRID, 4, 1, {"pp": 2, "tp": 2, "sp": True}),
         (TIED, 4, 1, {"pp": 2}),
+        (HYBRID, 2, 1, {"target": "divergence"}),
+        (HYBRID, 2, 1, {"target": "divergence", "tp": 2}),
+        (TIED, 2, 3, {"target": "divergence", "tp": 2, "sp": True}),
+        (HYBRID, 4, 1, {"target": "divergence", "pp": 2, "tp": 2, "sp": True}),
+        (TIED, 4, 1, {"target": "divergence", "pp": 2}),
     ],
 )
 def test_gates_learn_what_they_learn_alone(workers, alone, arguments, ranks, stage, layout):
-    expected = alone(json.dumps(arguments), True)
+    expected = alone(json.dumps(arguments), True, layout.get("target", "relative"))
     jobs = workers(ranks).run("gate_jobs", "gated_curve", arguments=arguments, stage=stage, gated=True, **layout)
     holders = [job for job in jobs if job["gates"]]
     assert len(holders) == ranks // layout.get("pp", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_marks import needs_cuda
 
 from megatron_adamba.ops.activation import clamped_swiglu
 from megatron_adamba.ops.expert_call import ExpertCall
@@ -188,8 +189,7 @@ def test_bf16_stays_near(run, rows, cols):
     compare_rounded(run, (8, 0, 16, 3, 5), rows, cols, *rounded())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("mode", [Accumulation.DIRECT, Accumulation.HAND_OVER])
 @pytest.mark.parametrize(("rows", "cols"), [(16, 24), (8, 24), (16, 8)])
 def test_grouped_kernels_on_a_gpu(mode, rows, cols):

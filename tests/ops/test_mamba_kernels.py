@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_marks import needs_cuda
 
 from megatron_adamba.ops import causal_conv, dispatch, selective_scan, ssd
 
@@ -93,8 +94,7 @@ def near(got, want, tolerance):
         assert (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 class TestOnCuda:
     """Whatever dispatch chooses on this machine must agree with the PyTorch kernels."""
 

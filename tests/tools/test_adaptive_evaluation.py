@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,8 +109,10 @@ def test_the_grid_is_every_fixed_pair(checkpoint, tmp_path):
         assert cell.flops == sum(result.flops for result in results)
 
 
-def test_gate_quality_by_loops(checkpoint, tmp_path):
+@pytest.mark.parametrize("target", ["relative", "divergence"])
+def test_gate_quality_by_loops(checkpoint, tmp_path, target):
     loaded = load_model(checkpoint, "fp32")
+    loaded = replace(loaded, gate_config=replace(loaded.gate_config, target=target))
     items = read_items(items_file(tmp_path), loaded.tokenizer)
     first, depth = loaded.min_exit_layer, 8
     wanted: dict[int, list[float]] = {layer: [] for layer in range(first, depth)}
@@ -119,17 +122,22 @@ def test_gate_quality_by_loops(checkpoint, tmp_path):
         tokens, answer = torch.tensor([item.inputs]), torch.tensor(item.answer)
         x = loaded.model.embedding(tokens)
         context = loaded.model.training_context(tokens, None)
-        losses, costs = {}, {}
+        losses, costs, log_p = {}, {}, {}
         for index, block in enumerate(loaded.model.blocks):
             x = block(x, loaded.model.rows[index][32], context)
             logits = loaded.model.logits(x)[0, item.first :]
+            log_p[index + 1] = torch.log_softmax(logits.double(), -1)
             losses[index + 1] = torch.nn.functional.cross_entropy(logits, answer, reduction="none").tolist()
             if first <= index + 1 < depth:
                 raw = loaded.gates.leaving(index + 1, x[0, item.first :])
                 costs[index + 1] = torch.nn.functional.softplus(raw).tolist()
         for place in range(len(answer)):
             for layer in range(first, depth):
-                wanted[layer].append(max(0.0, losses[layer][place] - losses[depth][place]))
+                if target == "relative":
+                    wanted[layer].append(max(0.0, losses[layer][place] - losses[depth][place]))
+                else:
+                    end = log_p[depth][place]
+                    wanted[layer].append((end.exp() * (end - log_p[layer][place])).sum().item())
                 guessed[layer].append(costs[layer][place])
             gone = [layer for layer in range(first, depth) if 1 - costs[layer][place] > 0.4]
             if gone:

@@ -162,7 +162,7 @@ def _without(words: list[str], prefix: str) -> list[str]:
             {"elastic__exit_fraction": 0, "elastic__min_exit_layer": 4},
             "--elastic.min_exit_layer 4: leaves no layer of 4",
         ),
-        ({"gates__target": "exact"}, "--gates.target exact: must be one of relative, signed, absolute"),
+        ({"gates__target": "exact"}, "--gates.target exact: must be one of relative, signed, divergence, absolute"),
     ],
     ids=str,
 )

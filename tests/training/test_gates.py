@@ -21,11 +21,15 @@ from megatron_adamba.training.gates import LET_GO, GateTrainer
 DEVICE = torch.device("cpu")
 
 
-def tapped(arguments, plan=None, step=3):
-    """A pass that leaves taps: (config, model, its batch, setup, plan, taps, loss)."""
+def tapped(arguments, plan=None, step=3, target="relative", noise=0.0):
+    """A pass that leaves taps: (config, model, its batch, setup, plan, taps, loss); noise: added to all weights."""
     config = run_config(**arguments)
     model = build_model(config, [])
-    setup = gate_setup(config, SEQ_LEN)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    setup = gate_setup(config, SEQ_LEN, target=target)
     batch, plan = micro_batch(step, 0), plan or full_plan(config.model)
     taps = Taps(setup.request(step, SPANS, DEVICE))
     loss = model(**batch, plan=plan, taps=taps)
@@ -48,6 +52,28 @@ def test_losses_of_leaving_are_those_of_plans_that_leave(arguments):
         expected = left[:, taps.request.positions]
         assert torch.allclose(taps.exit_losses[:, place], expected, atol=1e-5) and expected.abs().max() > 1
         assert not taps.layer(layer).requires_grad
+
+
+def divergence_when_leaving(model, batch, plan, layer):
+    """[batch, seq], by torch's kl_div of what the model predicts where the plan leaves there."""
+    parts = {key: value for key, value in batch.items() if key != "labels"}
+    exits = (model(**parts, plan=replace(plan, exit_layer=exit_layer)) for exit_layer in (layer, plan.exit_layer))
+    left, whole = (torch.log_softmax(logits.detach().double(), -1) for logits in exits)
+    return torch.nn.functional.kl_div(left, whole, reduction="none", log_target=True).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"pattern": "TMTM"}, {"pattern": "MTT", "tie_embeddings": True, "logit_softcap": 5.0}]
+)
+def test_divergences_of_leaving_are_those_of_plans_that_leave(arguments):
+    arguments = arguments | {"sampling": "sandwich", "gate_size": 8}
+    plan = ElasticPlan((32, 64, 8, 32)[: len(arguments["pattern"])], len(arguments["pattern"]))
+    _, model, batch, setup, plan, taps, loss = tapped(arguments, plan, target="divergence", noise=0.2)
+    assert loss.item() == model(**batch, plan=plan).item() and not taps.exit_losses.numel()
+    for place, layer in enumerate(setup.layers):
+        want = divergence_when_leaving(model, batch, plan, layer)[:, taps.request.positions]
+        assert torch.allclose(taps.divergences[:, place].double(), want, rtol=1e-4, atol=1e-6)
+        assert want.max() > 1e-3 and not taps.divergences.requires_grad
 
 
 def test_mean_embeddings():
@@ -75,14 +101,15 @@ def half_deviance(predicted: float, wanted: float) -> float:
 LOSSES = {"squared_error": lambda predicted, wanted: (predicted - wanted) ** 2, "deviance": half_deviance}
 
 
-@pytest.mark.parametrize("target", ["relative", "signed"])
+@pytest.mark.parametrize("target", ["relative", "signed", "divergence"])
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_errors_are_those_of_the_formulas(loss, target):
     """Confidence with its discount, expansion and regret, in float64 by loops."""
     arguments = {"pattern": "TMTM", "sampling": "sandwich", "gate_size": 8}
-    _, model, batch, setup, plan, full, _ = tapped(arguments)
-    setup = replace(setup, gates=replace(setup.gates, loss=loss, target=target))
+    _, model, batch, setup, plan, full, _ = tapped(arguments, target=target)
+    setup = replace(setup, gates=replace(setup.gates, loss=loss))
     narrow_plan = ElasticPlan((32, 64, 8, 32), 4)
+    plans = [plan, narrow_plan]
     narrow = Taps(full.request)
     model(**batch, plan=narrow_plan, taps=narrow)
     trainer = GateTrainer(setup, single_process(), DEVICE)
@@ -91,11 +118,12 @@ def test_errors_are_those_of_the_formulas(loss, target):
         for parameter in trainer.gates.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator))
     gates = trainer.gates.double()
+    apart = [{layer: divergence_when_leaving(model, batch, taken, layer) for layer in setup.layers} for taken in plans]
     expected = np.zeros(3)
     positions = full.request.positions.tolist()
     scored = batch["labels"] != -100
     let_go = gains = 0
-    for taps in (full, narrow):
+    for number, taps in enumerate((full, narrow)):
         total = weights = lost = count = 0.0
         for row in range(2):
             for place, position in enumerate(positions):
@@ -106,7 +134,10 @@ def test_errors_are_those_of_the_formulas(loss, target):
                 for index, layer in enumerate(setup.layers):
                     state = taps.layer(layer)[row, place].double()
                     cost = torch.nn.functional.softplus(gates.leaving(layer, state)).item()
-                    wanted = taps.exit_losses[row, index, place].item() - final
+                    if target == "divergence":
+                        wanted = apart[number][layer][row, position].item()
+                    else:
+                        wanted = taps.exit_losses[row, index, place].item() - final
                     gains += wanted < 0
                     wanted = max(0.0, wanted) if target == "relative" else wanted
                     weight = LET_GO if gone else 1.0
@@ -131,9 +162,9 @@ def test_errors_are_those_of_the_formulas(loss, target):
             guess = setup.gates.regret_scale * sum(s.item() * share for s, share in zip(scores, shares))
             regrets, documents = regrets + (guess - mean) ** 2, documents + 1
     expected[2] = regrets / documents / 2
-    assert let_go > 0 and gains > 0 and documents == 3
+    assert let_go > 0 and (gains > 0 or target == "divergence") and documents == 3
     trainer.gates.float()
-    found = trainer.learn([plan, narrow_plan], [full, narrow], [SPANS])
+    found = trainer.learn(plans, [full, narrow], [SPANS])
     assert np.allclose(found.numpy(), expected, rtol=1e-4), (found, expected)
 
 
@@ -196,7 +227,7 @@ def test_readings(target):
     assert reading.wanted(exits, final).tolist() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("target", ["relative", "signed", "absolute"])
+@pytest.mark.parametrize("target", ["relative", "signed", "divergence", "absolute"])
 def test_gates_that_have_learned_nothing_let_no_token_leave(target):
     setup = gate_setup(run_config(sampling="sandwich", gate_size=8, pattern="TMTM"), SEQ_LEN, target=target)
     trainer = GateTrainer(setup, single_process(), DEVICE)
