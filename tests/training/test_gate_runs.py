@@ -94,10 +94,14 @@ def test_a_model_without_gates_gets_them(tmp_path, data, whole):
     train(1, arguments(data, tmp_path / "plain", **plain))
     assert load_model(tmp_path / "plain" / "model").gates is None
     start = ["--checkpoint.init_from", str(tmp_path / "plain" / "model")]
-    words = arguments(data, tmp_path / "gated", **GATED | {"train__steps": 4})
+    divergence = {"gates__target": "divergence", "gates__loss": "deviance"}
+    words = arguments(data, tmp_path / "gated", **GATED | {"train__steps": 4} | divergence)
     kept = [word for word in _without(words, "--model.") if word]
     train(1, kept + start)
-    assert load_model(tmp_path / "gated" / "model").gates is not None
+    gated = load_model(tmp_path / "gated" / "model")
+    assert gated.gates is not None and gated.reading.target == "divergence"
+    records = [json.loads(line) for line in (tmp_path / "gated" / "metrics.jsonl").read_text().splitlines()]
+    assert any(record.get("gate_error", 0) > 0 for record in records)
     start = ["--checkpoint.init_from", str(whole / "model")]
     changes = {"train__steps": 2, "train__phase": 1, "elastic__width_sampling": "full"}
     train(1, _without(arguments(data, tmp_path / "carried", **GATED | changes), "--model.") + start)
