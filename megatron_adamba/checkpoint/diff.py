@@ -75,14 +75,17 @@ def compare_values(first: Tensor, second: Tensor, tolerance: float | None) -> st
     count, largest, where = 0, -1.0, 0
     for start in range(0, a.numel(), _BLOCK):
         x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]
+        unlike = None
+        if x.dtype == y.dtype:
+            bits = _BITS[x.element_size()]
+            unlike = x.view(bits) != y.view(bits)
+            if not unlike.any():
+                continue
         distance = _distance(x, y)
         if tolerance is not None:
             different = distance > tolerance
-        elif x.dtype == y.dtype:
-            bits = _BITS[x.element_size()]
-            different = x.view(bits) != y.view(bits)
         else:
-            different = distance > 0
+            different = distance > 0 if unlike is None else unlike
         if found := int(different.sum()):
             count += found
             distance[~different] = -1
