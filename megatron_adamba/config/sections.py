@@ -61,7 +61,8 @@ class GatesConfig:
     || if it leaves), the mean of `signed` over what the model itself expects next, without the noise of the one token
     that came | absolute: sigmoid(2 - loss if it leaves)"""
     tau: float = 1.0
-    """nats at which confidence is 0; leaving at a confidence c costs (1 - c) tau on average"""
+    """nats at which confidence is 0; leaving at a confidence c costs (1 - c) tau on average; under `divergence` by what
+    the model expects, in truth as far as its own final predictions are calibrated"""
     loss: str = "squared_error"
     """of the confidence gates: squared_error | deviance (of targets in nats: an error counts in proportion to the cost,
     for thresholds near 1)"""

@@ -37,9 +37,11 @@ def test_is_that_of_whole_distributions(tokens, softcap):
     assert torch.allclose(found.double(), want, rtol=1e-5, atol=1e-6) and (want > 0.1).sum() >= min(tokens, 3)
 
 
-def test_many_chunks_and_blocks():
-    """More tokens than a chunk takes, a ragged one last, of a vocabulary of which a block holds few rows."""
-    states, weight = inputs(300, vocab=1 << 16)
+@pytest.mark.parametrize("tokens", [300, 128])
+def test_many_chunks_and_blocks(tokens):
+    """More tokens than a chunk takes, a ragged one last, of a vocabulary of which a block holds few; then two states to
+    a chunk, of three."""
+    states, weight = inputs(tokens, vocab=1 << 16)
     found = head_divergence(states, weight, 8.0)
     assert torch.allclose(found.double(), whole(states, weight, 8.0), rtol=1e-4, atol=1e-5)
 
@@ -55,10 +57,13 @@ def test_small_differences_huge_logits_and_the_same_state():
 
 
 def test_bfloat16_is_near():
-    states, weight = (tensor.bfloat16() for tensor in inputs(11))
-    found = head_divergence(states, weight, 5.0)
-    assert found.dtype == torch.float32
-    assert (found - whole(states, weight, 5.0)).abs().max() < 0.05
+    """Far apart, and close: there rounded logits add half the variance of what they differ by."""
+    states, weight = inputs(11)
+    for apart, tolerance in ((1.0, 0.01), (0.05, 1e-3)):
+        rounded, matrix = (states[-1] + apart * (states - states[-1])).bfloat16(), weight.bfloat16()
+        found = head_divergence(rounded, matrix, 5.0)
+        assert found.dtype == torch.float32
+        assert (found - whole(rounded, matrix, 5.0)).abs().max() < tolerance
 
 
 def test_no_gradient_and_no_logits_of_all_states():
@@ -66,5 +71,5 @@ def test_no_gradient_and_no_logits_of_all_states():
     weight.requires_grad_()
     with NewTensors() as made:
         assert not head_divergence(states, weight).requires_grad
-    # a chunk's logits [256, 65536]
+    # the logits of a chunk [256, 65536]
     assert made.largest == 256 << 16, made.shapes
