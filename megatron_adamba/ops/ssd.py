@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_adamba.ops.ssd_decay import ChunkDecay, Decays
+
 
 class _Shape(NamedTuple):
     """Sizes that every helper needs; `heads` is the number of heads per group."""
@@ -31,48 +33,10 @@ class _Shape(NamedTuple):
     d_state: int
 
 
-class _Decay(NamedTuple):
-    """One chunk's decays, all in the accumulation dtype, all at most 1; a document's end cuts them to 0."""
-
-    pairs: Tensor  # [batch, groups, heads, chunk, chunk]: from token j to token i, 0 for j > i
-    from_start: Tensor  # [batch, chunk, groups, heads]: from the state before the chunk to token i
-    to_end: Tensor  # [batch, chunk, groups, heads]: from token j to the state after the chunk
-    across: Tensor  # [batch, groups, heads]: from the state before the chunk to the one after it
-
-
 def _shape_of(x: Tensor, B: Tensor) -> _Shape:
     batch, seq, nheads, head_dim = x.shape
     ngroups, d_state = B.shape[2:]
     return _Shape(batch, seq, ngroups, nheads // ngroups, head_dim, d_state)
-
-
-def _chunk_decay(log_decay: Tensor, seq_idx: Tensor | None, seen: Tensor | None, causal: Tensor) -> _Decay:
-    """Decays of one chunk from its a_t, `log_decay` [batch, chunk, groups, heads].
-
-    seq_idx [batch, chunk] and `seen` [batch], the document the incoming state belongs to, or None for both.
-    `causal` [chunk, chunk] is 0 on and below the diagonal, -inf above.
-    """
-    acc = log_decay.dtype
-    total = log_decay.double().cumsum(dim=1)
-    # After strong decays the sums are large and the differences that matter small. So each sum is split into a
-    # multiple of 1/16, whose differences are exact, and a rest under 1/16.
-    by_head = total.permute(0, 2, 3, 1).contiguous()  # [batch, groups, heads, chunk]
-    coarse = by_head.mul(16).round_().div_(16).to(acc)
-    rest = (by_head - coarse).to(acc)
-    pairs = coarse.unsqueeze(-1) - coarse.unsqueeze(-2)
-    pairs.add_(rest.unsqueeze(-1)).sub_(rest.unsqueeze(-2))
-    last = total[:, -1]
-    from_start, to_end, across = (t.to(acc).exp_() for t in (total.clone(), last.unsqueeze(1) - total, last.clone()))
-    # -inf before exp, not 0 after it: above the diagonal the difference is positive and may overflow.
-    if seq_idx is None:
-        return _Decay(pairs.add_(causal).exp_(), from_start, to_end, across)
-    other = seq_idx.unsqueeze(-1) != seq_idx.unsqueeze(-2)
-    mask = causal.expand_as(other).masked_fill(other, float("-inf"))
-    end = seq_idx[:, -1]
-    from_start *= (seq_idx == seen.unsqueeze(1))[:, :, None, None]
-    to_end *= (seq_idx == end.unsqueeze(1))[:, :, None, None]
-    across *= (end == seen)[:, None, None]
-    return _Decay(pairs.add_(mask[:, None, None]).exp_(), from_start, to_end, across)
 
 
 def _heads_first(t: Tensor) -> Tensor:
@@ -117,23 +81,18 @@ class _Chunks:
         self.dt = dt.view(s.batch, s.seq, s.groups, s.heads)
         self.A = A.to(self.acc).view(s.groups, s.heads)
         self.D = None if D is None else D.to(self.acc).view(s.groups, s.heads, -1)
-        self.seq_idx = seq_idx
-        size = max(1, min(chunk_size, s.seq))
+        self.size = size = max(1, min(chunk_size, s.seq))
         self.spans = [slice(i, min(i + size, s.seq)) for i in range(0, s.seq, size)]
-        self.causal = torch.full((size, size), float("-inf"), dtype=self.acc, device=x.device).triu_(1)
+        self.decays = Decays(self.dt * self.A, seq_idx, size)
 
-    def decay(self, span: slice) -> _Decay:
-        length = span.stop - span.start
-        idx = seen = None
-        if self.seq_idx is not None:
-            idx, seen = self.seq_idx[:, span], self.seq_idx[:, max(span.start - 1, 0)]
-        return _chunk_decay(self.dt[:, span] * self.A, idx, seen, self.causal[:length, :length])
+    def decay(self, span: slice) -> ChunkDecay:
+        return self.decays.of_chunk(span.start // self.size, span.stop - span.start)
 
     def scaled_x(self, span: slice, scale: Tensor) -> Tensor:
         """x times a factor per token and head, in x's dtype: [batch, chunk, groups, heads, head_dim]."""
         return (self.x[:, span] * scale.unsqueeze(-1)).to(self.dtype)
 
-    def across(self, decay: _Decay) -> Tensor:
+    def across(self, decay: ChunkDecay) -> Tensor:
         """decay.across, shaped to multiply a state seen as [batch, groups, d_state, heads, head_dim]."""
         return decay.across[:, :, None, :, None]
 
@@ -186,7 +145,7 @@ class _Grads:
         self.D = None if c.D is None else torch.zeros(s.groups, s.heads, s.head_dim, dtype=c.acc, device=c.x.device)
 
 
-def _within_chunk_grads(c: _Chunks, span: slice, decay: _Decay, dy: Tensor):
+def _within_chunk_grads(c: _Chunks, span: slice, decay: ChunkDecay, dy: Tensor):
     """The triangular part's share: d(dt * x) by head, d(C B^T), and the decays' gradient per token.
 
     dy [batch, chunk, groups, heads, head_dim]. Spends `decay.pairs`.
@@ -204,8 +163,8 @@ def _within_chunk_grads(c: _Chunks, span: slice, decay: _Decay, dy: Tensor):
     # a_t lies between every j < t <= i: the sum over rows from t on, less the sum over columns from t on. What is in
     # both must cancel, or it drowns the rest where the decay is strong: float64, and no diagonal.
     weighted.mul_(scores).diagonal(dim1=-2, dim2=-1).zero_()
-    exact = torch.float64
-    d_total = (weighted.sum(dim=-1, dtype=exact) - weighted.sum(dim=-2, dtype=exact)).permute(0, 3, 1, 2)
+    exact = weighted.double()
+    d_total = (exact.sum(dim=-1) - exact.sum(dim=-2)).permute(0, 3, 1, 2)
     return d_xdt, d_scores.view(-1, length, length).to(c.dtype), d_total
 
 
@@ -215,13 +174,13 @@ def _backward_chunk(c: _Chunks, g: _Grads, span: slice, dy: Tensor, state_in: Te
     dy [batch, chunk, groups, heads, head_dim]; state_in in x's dtype, d_state in the accumulation dtype.
     """
     decay = c.decay(span)
-    dt, x = c.dt[:, span], c.x[:, span].to(c.acc)
+    dt, x, wide_dy = c.dt[:, span], c.x[:, span].to(c.acc), dy.to(c.acc)
     B, C = _groups_first(c.B[:, span]), _groups_first(c.C[:, span])
     d_xdt, d_scores, d_total = _within_chunk_grads(c, span, decay, dy)
 
     # y += from_start * (C h_in)
     carried = c.token_view(C @ state_in)
-    dy_scaled = dy * decay.from_start.unsqueeze(-1)
+    dy_scaled = wide_dy * decay.from_start.unsqueeze(-1)
     d_total = d_total + (dy_scaled * carried).sum(dim=-1)
     dy_packed = _heads_packed(dy_scaled.to(c.dtype))
     dC = torch.baddbmm(d_scores @ B, dy_packed, state_in.mT)
@@ -243,8 +202,8 @@ def _backward_chunk(c: _Chunks, g: _Grads, span: slice, dy: Tensor, state_in: Te
     g.A += (d_decay * dt).sum(dim=(0, 1))
     dx = d_xdt.mul_(dt.unsqueeze(-1))
     if c.D is not None:
-        dx.addcmul_(dy.to(c.acc), c.D)
-        g.D += (dy * x).sum(dim=(0, 1))
+        dx.addcmul_(wide_dy, c.D)
+        g.D += (wide_dy * x).sum(dim=(0, 1))
     g.x[:, span] = dx
     g.B[:, span] = dB.view(c.s.batch, c.s.groups, *dB.shape[1:]).transpose(1, 2)
     g.C[:, span] = dC.view(c.s.batch, c.s.groups, *dC.shape[1:]).transpose(1, 2)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_adamba.ops.ssd import ssd_scan, ssd_step
+from megatron_adamba.ops.ssd_decay import Decays
 
 
 def recurrence(x, dt, A, B, C, D, dt_bias, initial_states, seq_idx):
@@ -101,13 +102,45 @@ def test_decay_underflow_gives_no_nan():
     assert all(torch.isfinite(t).all() for t in got.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("starts", [None, [7, 20]])
+def test_decays_are_exact_or_too_small_to_count_and_never_subnormal(dtype, starts):
+    steps = -torch.tensor([[1e-4, 0.5, 3.0, 9.0]], dtype=dtype).expand(1, 37, 4).unsqueeze(2)
+    steps = steps * (1 + torch.rand(37, generator=torch.Generator().manual_seed(0), dtype=dtype)).view(1, 37, 1, 1)
+    idx = None if starts is None else documents(1, 37, starts)
+    decays = Decays(steps, idx, 16)
+    smallest = torch.finfo(dtype).tiny
+    # an exponent of 64 is rounded twice, each time by half of its last place
+    tolerance = 5e-6 if dtype == torch.float32 else 1e-13
+    for chunk, (start, stop) in enumerate([(0, 16), (16, 32), (32, 37)]):
+        total = steps[0, start:stop, 0].double().cumsum(dim=0)  # [chunk, heads]
+        between = (total.unsqueeze(1) - total.unsqueeze(0)).permute(2, 0, 1).tril().exp().tril()
+        before, after = total.exp(), (total[-1] - total).exp()
+        across = total[-1].exp()
+        if idx is not None:
+            document, seen = idx[0, start:stop], idx[0, max(start - 1, 0)]
+            between = between * (document.unsqueeze(1) == document.unsqueeze(0))
+            before = before * (document == seen).unsqueeze(1)
+            after = after * (document == document[-1]).unsqueeze(1)
+            across = across * (document[-1] == seen)
+        got = decays.of_chunk(chunk, stop - start)
+        parts = (got.pairs[0, 0], between), (got.from_start[0, :, 0], before), (got.to_end[0, :, 0], after)
+        for mine, wanted in (*parts, (got.across[0, 0], across)):
+            torch.testing.assert_close(mine.double(), wanted, rtol=tolerance, atol=2e-28)
+            assert (mine[wanted == 0] == 0).all()
+            assert ((mine == 0) | (mine >= smallest)).all()
+
+
 @pytest.mark.parametrize("batch, seq", [(0, 8), (2, 0)])
-def test_no_tokens_give_zero_gradients(batch, seq):
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_tokens_give_zero_gradients(batch, seq, packed):
     inputs = make_inputs(batch, seq, 4, 8, 2, 4)
     d_y, d_final = torch.zeros_like(inputs["x"]), torch.zeros_like(inputs["initial_states"])
+    idx = torch.zeros(batch, seq, dtype=torch.int32) if packed else None
     got = grads(
-        lambda **kw: ssd_scan(**kw, chunk_size=4, return_final_states=True), inputs, torch.float32, d_y, d_final
-    )
+        lambda **kw: ssd_scan(**kw, chunk_size=4, seq_idx=idx, return_final_states=True),
+        inputs, torch.float32, d_y, d_final,
+    )  # fmt: skip
     for name in ("A", "D", "dt_bias"):
         assert torch.equal(got[name], torch.zeros_like(got[name]))
     assert got["y"].shape == inputs["x"].shape
