@@ -118,7 +118,7 @@ class ModelConfig:
     mamba_num_groups: int = 1
     """groups that share B and C (Mamba-2)"""
     mamba_chunk_size: int = 128
-    """tokens of one chunk of the SSD"""
+    """most tokens of one chunk of the SSD; a CPU takes at most max(64, mamba_d_state)"""
     mamba_use_mlp: bool = False
     """an elastic MLP behind the Mamba mixer in every M block"""
     widths: list[int] | None = None

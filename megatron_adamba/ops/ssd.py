@@ -81,6 +81,10 @@ class _Chunks:
         self.dt = dt.view(s.batch, s.seq, s.groups, s.heads)
         self.A = A.to(self.acc).view(s.groups, s.heads)
         self.D = None if D is None else D.to(self.acc).view(s.groups, s.heads, -1)
+        if x.device.type == "cpu":
+            # The triangular part's work grows with the chunk, the states' shrinks: cores are fastest in between. On a
+            # GPU fewer launches count for more.
+            chunk_size = min(chunk_size, max(64, s.d_state))
         self.size = size = max(1, min(chunk_size, s.seq))
         self.spans = [slice(i, min(i + size, s.seq)) for i in range(0, s.seq, size)]
         self.decays = Decays(self.dt * self.A, seq_idx, size)
@@ -281,7 +285,8 @@ def ssd_scan(
     starts from a zero state, only the first of a row from initial_states, and the final state is the last one's.
 
     x, B and C share one dtype, in which the matmuls run; decays and the carried state are float32 (float64 for
-    float64), and so are A, D and dt_bias whatever they arrive in. Any seq, also 0; any batch, also 0.
+    float64), and so are A, D and dt_bias whatever they arrive in. Any seq, also 0; any batch, also 0. A chunk has
+    at most `chunk_size` tokens, on a CPU at most max(64, d_state).
 
     Returns y like x, and with `return_final_states` also the state after the last token, [batch, nheads, head_dim,
     d_state] in float32 or float64; gradients flow through both.
