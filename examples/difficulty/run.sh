@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tasks of graded difficulty: data, a model, its gates, and whether it thinks where it has to. Two hours on two
-# CPU cores; everything lands in runs/difficulty. `run.sh --resume auto` goes on where an earlier try stopped.
+# Tasks of graded difficulty: data, a model, its gates, and whether it thinks where it has to. Two hours and
+# more on two CPU cores; everything lands in runs/difficulty. `run.sh --resume auto` goes on where an earlier try stopped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
