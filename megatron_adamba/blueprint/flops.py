@@ -43,8 +43,8 @@ def _mamba_flops(config: ModelConfig) -> int:
     groups, heads, chunk = config.mamba_num_groups, config.mamba_num_heads, config.mamba_chunk_size
     channels = inner + 2 * groups * state
     matrices = 2 * hidden * (inner + channels + heads) + 2 * inner * hidden
-    # Inside a chunk: scores C B^T per group and their product with x; between chunks: states in and out. At the config's
-    # chunk, so that a model's figures are the same everywhere; PyTorch's scan on a CPU may take a shorter one.
+    # Inside a chunk: scores C B^T per group and their product with x; between chunks: states in and out. At the
+    # config's chunk, so that a model's figures are the same everywhere; PyTorch's scan on a CPU may take a shorter one.
     scan = 2 * groups * state * chunk / 2 + 2 * inner * chunk / 2 + 4 * inner * state
     return int(matrices + 2 * channels * config.mamba_d_conv + scan)
 
