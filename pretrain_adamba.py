@@ -65,10 +65,10 @@ def show_config(parsed: ParsedArguments) -> int:
     if parsed.print_config:
         print_config(console, replace(config, model=model), sources)
     if parsed.summary:
-        print_summary(console, model, config.train.seq_len)
+        print_summary(console, model, config.train)
         if config.parallel.pp > 1:
             stages = plan_stages(model, config.parallel, config.train.seq_len, config.model.block_pattern)
-            print_stages(console, model, stages, config.train.seq_len, micro_steps(config))
+            print_stages(console, model, stages, config.train, micro_steps(config))
     return 0
 
 

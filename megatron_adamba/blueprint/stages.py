@@ -144,11 +144,11 @@ def specs_held(specs: Sequence[ParamSpec], chunks: Sequence[Chunk], tied: bool) 
     return tuple(spec for spec in specs if any(chunk.holds(spec.name, tied) for chunk in chunks))
 
 
-def block_costs(config: ModelConfig, seq_len: int, widths: Sequence[int] | None = None) -> list[float]:
-    """Forward FLOPs of each block per token, a mean over `widths` (the nest's), with the head added to the last one.
-    The embedding is a look-up."""
+def block_costs(config: ModelConfig, seq_len: int) -> list[float]:
+    """Forward FLOPs of each block per token, a mean over the nest's widths, with the head added to the last one. The
+    embedding is a look-up."""
     rows, windows = block_rows(config), attention_windows(config)
-    widths = widths or [row.width for row in config.nest]
+    widths = [row.width for row in config.nest]
     costs = [
         sum(block_flops(config, letter, rows[index][width], windows[index], seq_len) for width in widths) / len(widths)
         for index, letter in enumerate(config.block_pattern)

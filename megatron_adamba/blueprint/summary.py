@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from megatron_adamba.blueprint.flops import forward_flops, training_flops
+from megatron_adamba.blueprint.flops import forward_flops
 from megatron_adamba.blueprint.manifest import GROUPS, manifest
 from megatron_adamba.blueprint.nest import largest_widths
 from megatron_adamba.blueprint.phases import trains_in_phase
-from megatron_adamba.blueprint.stages import Chunk, StagePlan, block_costs, specs_held
+from megatron_adamba.blueprint.stages import Chunk, StagePlan, specs_held
+from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.config.model import ModelConfig
 
 
-def summarize_stages(config: ModelConfig, stages: StagePlan, seq_len: int) -> list[dict[str, Any]]:
+def summarize_stages(
+    config: ModelConfig, stages: StagePlan, seq_len: int, frozen: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Of each rank of a pipeline: {"rank", "blocks", "parameters", "training_flops"}, gains left out of the parameters,
-    FLOPs per token at full width."""
-    plan, specs, rows = tuple(largest_widths(config)), manifest(config), []
+    FLOPs per token at full width. frozen: names of parameters that do not train."""
+    plan, specs, rows = largest_widths(config), manifest(config), []
+    costs = training_costs(config, seq_len, frozen)
     for rank in range(stages.pp):
         chunks = stages.chunks_of(rank)
         held = specs_held(specs, chunks, config.tie_embeddings)
-        costs = block_costs(config, seq_len, [max(plan)])
+        blocks = sum(costs.blocks[index][plan[index]] for chunk in chunks for index in chunk.blocks)
         parts = [
             [*(["embedding"] if chunk.embedding else []), _numbers(chunk), *(["head"] if chunk.head else [])]
             for chunk in chunks
@@ -29,7 +34,7 @@ def summarize_stages(config: ModelConfig, stages: StagePlan, seq_len: int) -> li
                 "rank": rank,
                 "blocks": " and ".join(", ".join(names) for names in parts),
                 "parameters": sum(spec.numel for spec in held if spec.group != "gain"),
-                "training_flops": 3 * sum(costs[index] for chunk in chunks for index in chunk.blocks),
+                "training_flops": blocks + (costs.head[-1] if any(chunk.head for chunk in chunks) else 0),
             }
         )
     return rows
@@ -40,8 +45,8 @@ def _numbers(chunk: Chunk) -> str:
     return f"{chunk.first}-{last}" if last > chunk.first else str(last)
 
 
-def summarize(config: ModelConfig, seq_len: int) -> dict[str, Any]:
-    """Of a resolved config; FLOPs are per token at `seq_len`.
+def summarize(config: ModelConfig, seq_len: int, frozen: Collection[str] = ()) -> dict[str, Any]:
+    """Of a resolved config; FLOPs are per token at `seq_len`, those of training with `frozen` left as it is.
 
     {"blocks", "parameters": {group: n}, "total", "total_without_gains", "trained_in_phase_1",
     "widths": [{width, kv_groups, ffn, forward_flops, training_flops, share_of_full}]}.
@@ -50,6 +55,7 @@ def summarize(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     counts = {group: sum(spec.numel for spec in specs if spec.group == group) for group in GROUPS}
     counts = {group: count for group, count in counts.items() if count}
     full = forward_flops(config, tuple(largest_widths(config)), seq_len)
+    costs = training_costs(config, seq_len, frozen)
     widths = []
     for row in config.nest:
         plan = (row.width,) * config.num_layers
@@ -60,7 +66,7 @@ def summarize(config: ModelConfig, seq_len: int) -> dict[str, Any]:
                 "kv_groups": row.kv_groups,
                 "ffn": row.ffn,
                 "forward_flops": flops,
-                "training_flops": training_flops(config, plan, seq_len),
+                "training_flops": costs.of(plan),
                 "share_of_full": flops / full,
             }
         )

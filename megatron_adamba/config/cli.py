@@ -8,7 +8,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -59,7 +59,8 @@ def build_parser(prog: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--preset NAME] [--config FILE] [--depth N] [--SECTION.FIELD VALUE ...]",
-        description="Later wins: defaults, preset, config file, command line. Lists are written [a,b]; null unsets.",
+        description="Later wins: defaults, preset, config file, command line. Lists are written a,b or [a,b]; null "
+        "unsets.",
         exit_on_error=False,
         allow_abbrev=False,
         print_config=None,  # the library's own flag of that name knows nothing of our sources
@@ -93,7 +94,8 @@ def parse_arguments(argv: Sequence[str], prog: str = "pretrain_adamba.py") -> Pa
     parser = build_parser(prog)
     known = _known_keys()
     _check_flags(argv, parser, known)
-    given = _parse(parser, lambda: parser.parse_args(list(argv), defaults=False), "command line")
+    words = _with_brackets(argv, _list_keys())
+    given = _parse(parser, lambda: parser.parse_args(words, defaults=False), "command line")
     layers: list[tuple[str, dict[str, Any]]] = []
     if given.get("preset") is not None:
         name = given["preset"]
@@ -144,6 +146,32 @@ def _known_keys() -> list[str]:
     for section in dataclasses.fields(AdambaConfig):
         keys += [f"{section.name}.{entry.name}" for entry in dataclasses.fields(section.default_factory)]
     return keys
+
+
+def _list_keys() -> list[str]:
+    """Keys that take a list and no bare text."""
+    keys = []
+    for section in dataclasses.fields(AdambaConfig):
+        for name, hint in get_type_hints(section.default_factory).items():
+            kinds = [get_origin(kind) or kind for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,))]
+            if list in kinds and str not in kinds:
+                keys.append(f"{section.name}.{name}")
+    return keys
+
+
+def _with_brackets(argv: Sequence[str], list_keys: Sequence[str]) -> list[str]:
+    """The words, with `--train.freeze a,b` as `--train.freeze [a,b]`, which is what the parser reads as a list."""
+    flags = {f"--{key}" for key in list_keys}
+    bare = lambda text: not text.startswith(("[", "--")) and text != "null"
+    words: list[str] = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if equals and name in flags and bare(value):
+            word = f"{name}=[{value}]"
+        elif words and words[-1] in flags and bare(word):
+            word = f"[{word}]"
+        words.append(word)
+    return words
 
 
 def _check_flags(argv: Sequence[str], parser: ArgumentParser, known: list[str]) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from megatron_adamba.blueprint.manifest import GROUPS, ParamSpec
+from megatron_adamba.blueprint.manifest import GROUPS, ParamSpec, manifest
 from megatron_adamba.blueprint.phases import frozen_specs
+from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.rules import one_of
+from megatron_adamba.config.sections import TrainConfig
 from megatron_adamba.errors import ConfigError
 
 
@@ -35,3 +37,8 @@ def freeze_groups(
         if spec.name in parameters:
             parameters[spec.name].requires_grad_(False)
     return sum(spec.numel for spec in frozen)
+
+
+def frozen_names(config: ModelConfig, train: TrainConfig) -> set[str]:
+    """Parameters of a resolved config that do not train, by name."""
+    return {spec.name for spec in frozen_specs(manifest(config), train.freeze, train.phase)}

@@ -13,9 +13,11 @@ from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.depth import REASONS
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import AdambaConfig, read_run_config
+from megatron_adamba.config.sections import TrainConfig
 from megatron_adamba.evaluation.widths import EvaluationRow
 from megatron_adamba.ops.dispatch import available_kernels
 from megatron_adamba.parallel.topology import RankGrid
+from megatron_adamba.training.freeze import frozen_names
 from megatron_adamba.training.phase_change import describe_phase_change
 from megatron_adamba.training.run import Run
 
@@ -33,9 +35,9 @@ def print_config(console: Console, config: AdambaConfig, sources: dict[str, str]
             console.print(f"  {entry.name}: {value}  # {source}", highlight=False, soft_wrap=True, markup=False)
 
 
-def print_summary(console: Console, config: ModelConfig, seq_len: int) -> None:
+def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> None:
     """Parameters by component and FLOPs per token at every width."""
-    summary = summarize(config, seq_len)
+    summary = summarize(config, train.seq_len, frozen_names(config, train))
     table = Table(title=f"{config.num_layers} blocks, hidden size {config.hidden_size}: {summary['blocks']}")
     table.add_column("component")
     table.add_column("parameters", justify="right")
@@ -48,7 +50,7 @@ def print_summary(console: Console, config: ModelConfig, seq_len: int) -> None:
         table.add_row("trained in phase 1", f"{summary['trained_in_phase_1']:,} ({share:.1%})")
     table.add_row("gains, counted apart", f"{summary['parameters'].get('gain', 0):,}")
     console.print(table)
-    table = Table(title=f"FLOPs per token at {seq_len} tokens")
+    table = Table(title=f"FLOPs per token at {train.seq_len} tokens")
     for name in ("width", "KV groups", "FFN rows", "forward", "training", "of full"):
         table.add_column(name, justify="right")
     for row in summary["widths"]:
@@ -63,9 +65,11 @@ def print_summary(console: Console, config: ModelConfig, seq_len: int) -> None:
     console.print(table)
 
 
-def print_stages(console: Console, config: ModelConfig, stages: StagePlan, seq_len: int, micro_steps: int) -> None:
+def print_stages(
+    console: Console, config: ModelConfig, stages: StagePlan, train: TrainConfig, micro_steps: int
+) -> None:
     """What each rank of a pipeline holds, and how long it waits."""
-    rows = summarize_stages(config, stages, seq_len)
+    rows = summarize_stages(config, stages, train.seq_len, frozen_names(config, train))
     dearest = max(row["training_flops"] for row in rows)
     table = Table(title=f"pipeline of {stages.pp} stages, {stages.schedule}")
     for name in ("stage", "blocks", "parameters", "FLOPs", "of most", "passes kept"):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from megatron_adamba.blueprint.flops import training_flops
+from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
@@ -23,6 +23,7 @@ from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
 from megatron_adamba.files import as_storage_error
 from megatron_adamba.training.checkpointing import resume, start_saving, write_final_model
+from megatron_adamba.training.freeze import frozen_names
 from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor
 from megatron_adamba.training.peak import matmul_rate
@@ -53,6 +54,7 @@ class Trainer:
         self.counters["gate_steps"] = 0
         self.log = logging.getLogger("megatron_adamba")
         self.ranks_per_replica = topology.size("model")
+        self.costs = training_costs(self.config.model, train.seq_len, frozen_names(self.config.model, train))
         self.flops, self.labels = 0.0, {}
         self.peak = 1.0
         self.started, self.first_step = 0.0, 0
@@ -201,7 +203,7 @@ class Trainer:
 
     def _count_flops(self, plan: ElasticPlan) -> None:
         train = self.config.train
-        per_token = training_flops(self.config.model, plan.widths, train.seq_len, plan.exit_layer)
+        per_token = self.costs.of(plan.widths, plan.exit_layer)
         self.flops += per_token * train.micro_batch_size * train.seq_len / self.ranks_per_replica
 
     def _count(self, skipped: bool) -> None:

@@ -15,6 +15,7 @@ from megatron_adamba.config.depth import REASONS, derive_from_depth
 from megatron_adamba.config.model import NestRow
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.training.freeze import frozen_names
 
 
 def write(folder: Path, text: str) -> str:
@@ -88,6 +89,17 @@ def test_values_of_every_kind():
     assert config.model.block_pattern == "(TM)x2" and config.optimizer.lr == 1e-4
     assert config.data.train == ["0.3", "a", "0.7", "b"] and config.train.freeze == ["embedding", "head"]
     assert config.model.modes == {"small": 32} and config.model.nest == [NestRow(256, 200, 4, 1024)]
+
+
+def test_lists_need_no_brackets():
+    words = ["--train.freeze", "embedding,head", "--model.widths=64,256", "--data.train", "0.3,a,0.7,b"]
+    words += ["--data.validation", "held/out", "--parallel.stage_bounds", "null", "--model.layer_widths", "64"]
+    config = parse_arguments(words).config
+    assert config.train.freeze == ["embedding", "head"] and config.model.widths == [64, 256]
+    assert config.data.train == ["0.3", "a", "0.7", "b"] and config.data.validation == ["held/out"]
+    assert config.parallel.stage_bounds is None and config.model.layer_widths == [64]
+    # one of several comma-separated things that are no list
+    assert parse_arguments(["--model.block_pattern", "T,M"]).config.model.block_pattern == "T,M"
 
 
 @pytest.mark.parametrize("pattern", ["[transformer, mamba]", "[T, M]", "TM", "'Tx1 M'"])
@@ -206,6 +218,18 @@ def test_the_summary_counts_what_a_formula_counts(name):
     norms = 32 * (2 + 2) * h + h
     total = 2 * vocab * h + 32 * (attention + mlp) + 32 * (mixer + mlp) + norms
     assert summarize(model, 2048)["total_without_gains"] == total
+
+
+def test_frozen_parts_cost_less_in_training():
+    parsed = parse_arguments(["--preset", "tiny-hybrid", "--train.phase", "1", "--train.freeze", "gain"])
+    model, train = resolve_model(parsed.config.model, 1000), parsed.config.train
+    frozen = frozen_names(model, train)
+    assert "embedding.weight" in frozen and "blocks.1.mixer_norm.gain" in frozen
+    assert {name for name in frozen if ".mixer." in name} == set()
+    rows, partly = summarize(model, 512)["widths"], summarize(model, 512, frozen)["widths"]
+    for whole, part in zip(rows, partly):
+        assert whole["training_flops"] == 3 * whole["forward_flops"] == 3 * part["forward_flops"]
+        assert part["forward_flops"] < part["training_flops"] < whole["training_flops"]
 
 
 def test_modes_stand_for_widths():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_adamba.blueprint.flops import training_flops
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.blueprint.stages import plan_stages
 from megatron_adamba.blueprint.summary import summarize, summarize_stages
+from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.sections import ParallelConfig
 
@@ -26,7 +26,12 @@ def test_stages_add_up_to_the_model(schedule, tied):
     rows = summarize_stages(config, stages, 64)
     held_twice = 64 * 512 if tied and schedule == "1f1b" else 0
     assert sum(row["parameters"] for row in rows) == summarize(config, 64)["total_without_gains"] + held_twice
-    assert sum(row["training_flops"] for row in rows) == training_flops(config, (64,) * 6, 64)
+    assert sum(row["training_flops"] for row in rows) == training_costs(config, 64).of((64,) * 6)
+    head = {"head.weight", "embedding.weight"}
+    less = summarize_stages(config, stages, 64, frozen=head)
+    saved = sum(row["training_flops"] for row in rows) - sum(row["training_flops"] for row in less)
+    # of the gradient of the head itself alone: the first gain is in front of all other products
+    assert saved == 2 * 64 * 512
 
 
 def test_the_script_prints_them():
