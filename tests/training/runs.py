@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from forked import ForkedScript
+
 ROOT = Path(__file__).parent.parent.parent
 
 TINY = {
@@ -89,15 +91,13 @@ def train(ranks: int, words: list[str], check: bool = True, patience: float = 30
 
     The result is the first rank's, its exit code the first one that is not zero. patience: seconds.
     """
-    script = [sys.executable, str(ROOT / "pretrain_adamba.py"), *words]
+    script = ROOT / "pretrain_adamba.py"
     port = str(free_port())
     processes = []
     for rank in range(ranks):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        found = environment() | (places if ranks > 1 else {})
-        processes.append(subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, env=found, cwd=ROOT))
+        processes.append(ForkedScript(script, words, environment() | (places if ranks > 1 else {})))
     try:
         out, errors = processes[0].communicate(timeout=patience)
         if processes[0].returncode:
@@ -106,7 +106,7 @@ def train(ranks: int, words: list[str], check: bool = True, patience: float = 30
     finally:
         for process in processes:
             process.kill()
-    done = subprocess.CompletedProcess(script, next((code for code in codes if code), 0), out, errors)
+    done = subprocess.CompletedProcess(processes[0].args, next((code for code in codes if code), 0), out, errors)
     if check and done.returncode:
         raise RuntimeError(f"exits {codes}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return done
