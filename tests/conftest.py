@@ -15,6 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
+LONGEST = ("surgery", "training", "distributed", "tools")
+"""folders whose files take minutes; they come first, so that no process waits for the other's last one"""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(folder) if (folder := item.path.parent.name) in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory):
     """workers(n): n ranks on gloo that outlive single tests."""

@@ -8,5 +8,6 @@ if [ "${1:-}" = "--all" ]; then
     marks=()
     shift
 fi
-# a file's tests share their process groups, so files are what two processes deal out between them
-exec python -m pytest -n 2 --dist loadfile "${marks[@]}" "$@"
+# a file's tests share their process groups, so files are what two processes deal out between them, in the order in
+# which tests/conftest.py puts them
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${marks[@]}" "$@"
