@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
-LONGEST = ("surgery", "training", "distributed", "tools")
-"""folders whose files take minutes; they come first, so that no process waits for the other's last one"""
+LONG_FILES = (
+    "test_nanochat_road.py",
+    "test_gpt_oss_examples.py",
+    "test_benchmark.py",
+    "test_resume.py",
+    "test_killed_while_saving.py",
+)
+"""of few tests that take minutes; they come first, so that no process ends up waiting for another's"""
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(folder) if (folder := item.path.parent.name) in LONGEST else len(LONGEST))
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG_FILES, -counts[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

@@ -69,8 +69,8 @@ def test_some_steps_touch_no_last_block(arguments):
         (2, 2, {}),
         (2, 3, {}),
         (2, 2, {"offload": True}),
-        (2, 3, {"offload": True}),
-        (2, 1, {"tp": 2}),
+        pytest.param(2, 3, {"offload": True}, marks=pytest.mark.slow),
+        pytest.param(2, 1, {"tp": 2}, marks=pytest.mark.slow),
         (2, 3, {"tp": 2, "sp": True}),
     ],
 )

@@ -30,6 +30,11 @@ EXPERTS = {
 }
 
 
+def slow(*values):
+    """Among the slow grids: four ranks on few cores take long."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def alone(workers):
     @functools.cache
@@ -55,17 +60,17 @@ def test_backbone_is_the_same_bit_for_bit(alone, arguments):
     ("arguments", "ranks", "stage", "layout"),
     [
         (HYBRID, 2, 1, {}),
-        (HYBRID, 2, 2, {}),
+        slow(HYBRID, 2, 2, {}),
         (HYBRID, 2, 3, {}),
         (HYBRID, 2, 1, {"tp": 2}),
-        (HYBRID, 2, 2, {"tp": 2, "sp": True}),
+        slow(HYBRID, 2, 2, {"tp": 2, "sp": True}),
         (TIED, 2, 3, {"tp": 2, "sp": True}),
         (EXPERTS, 2, 1, {"ep": 2}),
         (HYBRID, 2, 1, {"pp": 2}),
-        (HYBRID, 4, 1, {"pp": 2, "tp": 2, "sp": True}),
-        (TIED, 4, 1, {"pp": 2}),
+        slow(HYBRID, 4, 1, {"pp": 2, "tp": 2, "sp": True}),
+        slow(TIED, 4, 1, {"pp": 2}),
         (HYBRID, 2, 1, {"target": "divergence"}),
-        (HYBRID, 2, 1, {"target": "divergence", "tp": 2}),
+        slow(HYBRID, 2, 1, {"target": "divergence", "tp": 2}),
         (TIED, 2, 3, {"target": "divergence", "tp": 2, "sp": True}),
         (HYBRID, 4, 1, {"target": "divergence", "pp": 2, "tp": 2, "sp": True}),
         (TIED, 4, 1, {"target": "divergence", "pp": 2}),

@@ -45,6 +45,11 @@ EXPERTS = {
 FOLDED = {"schedule": "dualpipev"}
 
 
+def slow(*values):
+    """Among the slow grids: four ranks on few cores take long."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "ranks", "layout"),
     [
@@ -66,13 +71,13 @@ def test_two_ranks(workers, arguments, ranks, layout):
     [
         (EXPERTS, {"pp": 4}),
         (HYBRID | {"tie_embeddings": True, "sampling": "sandwich"}, {"pp": 4}),
-        (EXPERTS, {"pp": 2, "tp": 2}),
+        slow(EXPERTS, {"pp": 2, "tp": 2}),
         (EXPERTS, {"pp": 2, "tp": 2, "sp": True}),
         (EXPERTS, {"pp": 2}),
-        (EXPERTS, {"pp": 2, "ep": 2}),
-        (EXPERTS, {"pp": 2, "tp": 2, "ep": 2}),
+        slow(EXPERTS, {"pp": 2, "ep": 2}),
+        slow(EXPERTS, {"pp": 2, "tp": 2, "ep": 2}),
         (EXPERTS | {"sampling": "sandwich"}, {"pp": 2, "ep": 2, **FOLDED}),
-        (HYBRID, {"pp": 2, "tp": 2, **FOLDED}),
+        slow(HYBRID, {"pp": 2, "tp": 2, **FOLDED}),
     ],
 )
 def test_four_ranks(workers, arguments, layout):

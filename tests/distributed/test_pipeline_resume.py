@@ -56,7 +56,7 @@ def test_every_layout_loads_and_saves_the_same(workers, random_state, tmp_path, 
         ("PP2", "PP2 cut early"),
         ("EP2", "PP2xTP2+SP"),
         ("PP2xEP2", "DualPipeV"),
-        ("DualPipeV", "PP4"),
+        pytest.param("DualPipeV", "PP4", marks=pytest.mark.slow),
         pytest.param("1", "PP4", marks=pytest.mark.slow),
         pytest.param("PP2xDP2", "EP2", marks=pytest.mark.slow),
         pytest.param("DualPipeVxTP2", "PP2xDP2", marks=pytest.mark.slow),
@@ -67,7 +67,7 @@ def test_training_goes_on_elsewhere(workers, tmp_path, one, other):
     goes_on(workers, tmp_path, SETUP, LAYOUTS[one], LAYOUTS[other], uninterrupted(SETUP))
 
 
-@pytest.mark.parametrize(("one", "other"), [("PP2", "1"), ("PP2xTP2", "PP4")])
+@pytest.mark.parametrize(("one", "other"), [("PP2", "1"), pytest.param("PP2xTP2", "PP4", marks=pytest.mark.slow)])
 def test_muon_goes_on_elsewhere(workers, tmp_path, one, other):
     layouts = LAYOUTS | {"1": (1, {"stage": 2}), "PP2xTP2": (4, {"stage": 1, "pp": 2, "tp": 2})}
     expected = workers(1).run("curve", "engine_curve", arguments=MUON["arguments"], stage=0)[0]

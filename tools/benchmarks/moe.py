@@ -27,6 +27,7 @@ from megatron_adamba.engine.launch import import_deepspeed, start_distributed
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.moe.layer import MoE
 from megatron_adamba.ops.activation import clamped_swiglu
+from megatron_adamba.ops.host_memory import keep_freed_pages
 from megatron_adamba.ops.nested_linear import Accumulation
 
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
@@ -242,13 +243,13 @@ def times_of(name: str, size: Size, dtype: str, threads: int) -> dict[str, list[
     In a process of their own: who asks for more memory than there is (batched_mm may) leaves glibc's heap in a state
     that has every large block mapped anew, for whoever comes after it.
     """
-    _start_alone(threads)
+    _start_alone(name, threads)
     return interleaved({side: _steps(_layer(side, size, dtype), size, dtype) for side in ("ours", name)}, size.repeats)
 
 
 def peak_of(name: str, size: Size, dtype: str, threads: int) -> float:
     """MiB that passes of one side add to a process in which its layer is built."""
-    _start_alone(threads)
+    _start_alone(name, threads)
     run = _steps(_layer(name, size, dtype), size, dtype)
     peak = PeakMemory()
     for _ in range(size.repeats):
@@ -256,8 +257,12 @@ def peak_of(name: str, size: Size, dtype: str, threads: int) -> float:
     return peak.added()
 
 
-def _start_alone(threads: int) -> None:
+def _start_alone(name: str, threads: int) -> None:
+    """The allocator as in a run; a process group for the side that needs one."""
     torch.set_num_threads(threads)
+    keep_freed_pages()
+    if name != DEEPSPEED:
+        return
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(variable, None)  # the parent's group is not ours
     start_distributed()
