@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
+KEPT = ", freed pages kept"
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
         ("nested", ["bf16 width 8 vs dense", "fp32 width 64 vs masked", "bf16 width 8, optimizer step (peer dense)"]),
         ("train", ["bf16 training throughput vs NanoChatForCausalLM", "bf16 optimizer step"]),
         ("blocks", ["M over T, two models, not compared: 32 tokens"]),
-        ("mixer", ["bf16 d_state 16, peer's chunk 256, forward + backward"]),
+        ("mixer", [f"bf16 d_state 16, peer's chunk 256{kept}, forward + backward" for kept in ("", KEPT)]),
         ("moe", ["bf16 quick vs deepspeed", "bf16 quick vs transformers eager"]),
         ("tp", ["bf16 width 8, dealt in turn vs in halves", "fp32 width 64, dealt in turn vs in halves"]),
         ("decode", ["batch 1, think, 0% of the compute saved", "M over T, two models, not compared: 32 tokens, cache"]),
