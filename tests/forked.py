@@ -1,7 +1,9 @@
 """The project's scripts as processes of their own, forked off a server that has done their imports.
 
 A small run takes one second, and importing torch, DeepSpeed and the compiler that DeepSpeed pulls in takes four. What
-runs is the script itself, from its first line to its exit code, with an environment and outputs of its own.
+runs is the script itself, from its first line to its exit code, with an environment and outputs of its own. What is
+the same in all of them is the seed of Python's hashes; ranks of `distributed.harness` and runs that are killed are
+fresh processes.
 """
 
 from __future__ import annotations
