@@ -21,8 +21,7 @@ def freeze_groups(
 
     Raises ConfigError for an unknown group and when nothing would be left to train.
     """
-    for group in groups:
-        one_of("--train.freeze", group, GROUPS)
+    _check_names(groups)
     parameters = dict(module.named_parameters())
     frozen = frozen_specs(specs, groups, phase)
     if len(frozen) == len(specs) and phase == 1:
@@ -40,5 +39,11 @@ def freeze_groups(
 
 
 def frozen_names(config: ModelConfig, train: TrainConfig) -> set[str]:
-    """Parameters of a resolved config that do not train, by name."""
+    """Parameters of a resolved config that do not train, by name. Raises ConfigError for an unknown group."""
+    _check_names(train.freeze)
     return {spec.name for spec in frozen_specs(manifest(config), train.freeze, train.phase)}
+
+
+def _check_names(groups: Sequence[str]) -> None:
+    for group in groups:
+        one_of("--train.freeze", group, GROUPS)

@@ -232,6 +232,12 @@ def test_frozen_parts_cost_less_in_training():
         assert part["forward_flops"] < part["training_flops"] < whole["training_flops"]
 
 
+def test_a_summary_refuses_groups_that_there_are_not():
+    parsed = parse_arguments(["--preset", "tiny-hybrid", "--train.freeze", "atention"])
+    with pytest.raises(ConfigError, match=r"--train.freeze.*attention"):
+        frozen_names(resolve_model(parsed.config.model, 1000), parsed.config.train)
+
+
 def test_modes_stand_for_widths():
     wide = resolve_model(parse_arguments(["--preset", "adamba-9b"]).config.model)
     assert [mode_width(wide, mode) for mode in ("ghost", "whisper", "normal", "think")] == [128, 512, 1024, 2560]
