@@ -44,10 +44,6 @@ class ForkedScript:
         self._process.start()
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_adamba.blueprint.flops import forward_flops, mean_keys
 from megatron_adamba.blueprint.resolve import attention_windows, resolve_model
+from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.config.model import ModelConfig, NestRow
 from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.model.adamba import AdambaModel
@@ -18,10 +19,20 @@ SEQ = 12
 WIDTHS = (8, 20, 32)
 
 
-def counted_matmuls(model: AdambaModel, plan: ElasticPlan) -> int:
-    """Of plain matrix products; attention's are a kernel of their own, which torch counts as it likes."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, SEQ, dtype=torch.int64), plan=plan)
+def in_place_product(total, left, right, *args, out_shape=None, **kwargs) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counted_matmuls(model: AdambaModel, plan: ElasticPlan, train: bool) -> int:
+    """Of plain matrix products; torch counts no in-place ones by itself, and attention's are a kernel of their own."""
+    tokens = torch.zeros(1, SEQ, dtype=torch.int64)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product})
+    with counter:
+        if train:
+            model(tokens, tokens, plan=plan, all_take_part=False).backward()
+        else:
+            with torch.no_grad():
+                model(tokens, plan=plan)
     counts = counter.get_flop_counts()["Global"]
     return sum(flops for operator, flops in counts.items() if "attention" not in str(operator))
 
@@ -56,7 +67,9 @@ def test_the_matrix_products_that_run_are_those_that_are_counted(changes, widths
         expected = forward_flops(model.config, widths, SEQ, exit_layer) * SEQ
         products = attention_products(model.config, plan)
         # a token's share of the attention is rounded down to whole FLOPs, in each block
-        assert 0 <= counted_matmuls(model, plan) + products - expected <= SEQ * exit_layer
+        assert 0 <= counted_matmuls(model, plan, train=False) + products - expected <= SEQ * exit_layer
+        expected = training_costs(model.config, SEQ).of(widths, exit_layer) * SEQ
+        assert 0 <= counted_matmuls(model, plan, train=True) + 3 * products - expected <= 3 * SEQ * exit_layer
 
 
 def test_a_narrow_width_costs_its_share():

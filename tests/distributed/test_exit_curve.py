@@ -7,6 +7,7 @@ import json
 
 import pytest
 from distributed.curve import MICRO_BATCHES, plain_curve, run_config
+from distributed.grids import slow
 
 from megatron_adamba.elastic.sampler import PlanSampler
 
@@ -69,8 +70,8 @@ def test_some_steps_touch_no_last_block(arguments):
         (2, 2, {}),
         (2, 3, {}),
         (2, 2, {"offload": True}),
-        pytest.param(2, 3, {"offload": True}, marks=pytest.mark.slow),
-        pytest.param(2, 1, {"tp": 2}, marks=pytest.mark.slow),
+        slow(2, 3, {"offload": True}),
+        slow(2, 1, {"tp": 2}),
         (2, 3, {"tp": 2, "sp": True}),
     ],
 )

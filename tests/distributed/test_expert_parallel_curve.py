@@ -7,6 +7,7 @@ import json
 
 import pytest
 from distributed.curve import plain_curve
+from distributed.grids import slow
 
 EXPERTS = {
     "pattern": "ETME",
@@ -25,11 +26,6 @@ EXPERTS = {
 }
 ONE_PLAN = EXPERTS | {"plans_per_step": 1}
 """ranks that exchange tokens share a plan, and four replicas have one micro-batch each"""
-
-
-def slow(*values):
-    """Among the slow grids: four ranks on few cores take long."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import functools
 import json
 
 import pytest
+from distributed.grids import slow
 
 HYBRID = {"pattern": "TMTM", "sampling": "sandwich", "exits": 0.5, "mixed": 0.5, "gate_size": 16, "mamba_num_groups": 2}
 TIED = {
@@ -28,11 +29,6 @@ EXPERTS = {
     "router_balance_weight": 0.05,
     "mamba_num_groups": 2,
 }
-
-
-def slow(*values):
-    """Among the slow grids: four ranks on few cores take long."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

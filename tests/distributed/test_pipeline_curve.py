@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from distributed.curve import plain_curve
+from distributed.grids import slow
 
 HYBRID = {"pattern": "TMTM", "sampling": "per_layer", "exits": 0.5, "mamba_num_groups": 2}
 
@@ -43,11 +44,6 @@ EXPERTS = {
     "mamba_num_groups": 2,
 }
 FOLDED = {"schedule": "dualpipev"}
-
-
-def slow(*values):
-    """Among the slow grids: four ranks on few cores take long."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from distributed.checkpoint_jobs import STEPS
+from distributed.grids import slow
 from distributed.test_any_to_any import goes_on, loads_and_saves, uninterrupted
 
 from megatron_adamba.checkpoint.training import checkpoint_name
@@ -56,18 +57,18 @@ def test_every_layout_loads_and_saves_the_same(workers, random_state, tmp_path, 
         ("PP2", "PP2 cut early"),
         ("EP2", "PP2xTP2+SP"),
         ("PP2xEP2", "DualPipeV"),
-        pytest.param("DualPipeV", "PP4", marks=pytest.mark.slow),
-        pytest.param("1", "PP4", marks=pytest.mark.slow),
-        pytest.param("PP2xDP2", "EP2", marks=pytest.mark.slow),
-        pytest.param("DualPipeVxTP2", "PP2xDP2", marks=pytest.mark.slow),
-        pytest.param("PP4", "DualPipeVxTP2", marks=pytest.mark.slow),
+        slow("DualPipeV", "PP4"),
+        slow("1", "PP4"),
+        slow("PP2xDP2", "EP2"),
+        slow("DualPipeVxTP2", "PP2xDP2"),
+        slow("PP4", "DualPipeVxTP2"),
     ],
 )
 def test_training_goes_on_elsewhere(workers, tmp_path, one, other):
     goes_on(workers, tmp_path, SETUP, LAYOUTS[one], LAYOUTS[other], uninterrupted(SETUP))
 
 
-@pytest.mark.parametrize(("one", "other"), [("PP2", "1"), pytest.param("PP2xTP2", "PP4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("one", "other"), [("PP2", "1"), slow("PP2xTP2", "PP4")])
 def test_muon_goes_on_elsewhere(workers, tmp_path, one, other):
     layouts = LAYOUTS | {"1": (1, {"stage": 2}), "PP2xTP2": (4, {"stage": 1, "pp": 2, "tp": 2})}
     expected = workers(1).run("curve", "engine_curve", arguments=MUON["arguments"], stage=0)[0]

@@ -7,13 +7,8 @@ it; the vocabulary of 53 is divided by no degree here, nor is the sequence of 13
 from __future__ import annotations
 
 import pytest
+from distributed.grids import slow
 from distributed.test_loss_curve import HYBRID, compare
-
-
-def slow(*values):
-    """Among the slow grids: four ranks on few cores take long."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
 
 GROUPS = {"mamba_num_groups": 4, "activation": "swiglu"}
 PER_LAYER = HYBRID | GROUPS | {"sampling": "per_layer"}

@@ -22,7 +22,7 @@ def measure(quick: bool) -> list[Row]:
     """Two speed rows and a memory row for every dtype, state size and chunk of the peer's."""
     hidden, batch, seq, repeats = (64, 2, 32, 2) if quick else (1024, 2, 1024, 5)
     rows = []
-    for dtype in ("bf16",) if quick else DTYPES:
+    for dtype in DTYPES:
         for d_state in (16,) if quick else (128, 64):
             for peer_chunk in PEER_CHUNKS[:1] if quick else PEER_CHUNKS:
                 size = (hidden, batch, seq, d_state, dtype, peer_chunk)
