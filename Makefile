@@ -6,11 +6,11 @@ setup:            ## .venv with everything a run needs
 quickstart: setup ## data, tokenizer, training, evaluation, pictures, text: runs/quickstart
 	bash examples/quickstart.sh
 
-test:             ## set up the oracles and run all tests but the slow grids
+test:             ## set up the oracles and run all tests but the slow ones
 	bash tools/setup.sh test
 	bash tools/test.sh
 
-test-all:         ## the slow grids too
+test-all:         ## the slow ones too
 	bash tools/setup.sh test
 	bash tools/test.sh --all
 

@@ -72,7 +72,7 @@ def test_some_steps_touch_no_last_block(arguments):
         (2, 2, {"offload": True}),
         slow(2, 3, {"offload": True}),
         slow(2, 1, {"tp": 2}),
-        (2, 3, {"tp": 2, "sp": True}),
+        slow(2, 3, {"tp": 2, "sp": True}),
     ],
 )
 def test_per_layer(workers, ranks, stage, layout):
@@ -85,6 +85,6 @@ def test_sandwich(workers, ranks, stage, layout):
     compare(workers, SANDWICH, ranks, stage, **layout)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, slow(2), 3])
 def test_experts(workers, stage):
     compare(workers, EXPERTS, 2, stage, ep=2)

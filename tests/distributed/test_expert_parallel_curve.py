@@ -48,14 +48,14 @@ def compare(workers, arguments, ranks, stage, freeze=(), skew=0.0, **layout):
     [
         (1, 1, {}),
         (2, 1, {}),
-        (2, 2, {"offload": True}),
+        slow(2, 2, {"offload": True}),
         slow(2, 3, {"offload": True}),
         (2, 1, {"ep": 2}),
         slow(2, 2, {"ep": 2}),
         (2, 3, {"ep": 2}),
         slow(2, 1, {"tp": 2}),
         (2, 2, {"tp": 2, "ep": 2}),
-        (2, 3, {"tp": 2, "ep": 2, "sp": True}),
+        slow(2, 3, {"tp": 2, "ep": 2, "sp": True}),
         (4, 1, {"ep": 2}),
         slow(4, 3, {"ep": 2}),
         slow(4, 2, {"tp": 2, "ep": 2}),
@@ -68,29 +68,31 @@ def test_per_layer(workers, ranks, stage, layout):
     compare(workers, arguments, ranks, stage, **layout)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, slow(3)])
 def test_four_expert_parallel_ranks(workers, stage):
     compare(workers, ONE_PLAN, 4, stage, ep=4)
 
 
-@pytest.mark.parametrize(("ranks", "stage", "layout"), [(2, 3, {}), (2, 1, {"ep": 2}), (2, 3, {"ep": 2})])
+@pytest.mark.parametrize(("ranks", "stage", "layout"), [slow(2, 3, {}), (2, 1, {"ep": 2}), (2, 3, {"ep": 2})])
 def test_a_skewed_router(workers, ranks, stage, layout):
     """Every token goes to the first rank's experts; the other rank has nothing to do, and takes part."""
     compare(workers, EXPERTS, ranks, stage, skew=30.0, **layout)
 
 
-@pytest.mark.parametrize(("stage", "layout"), [(1, {"ep": 2}), (3, {}), (2, {"tp": 2, "ep": 2})])
+@pytest.mark.parametrize(("stage", "layout"), [(1, {"ep": 2}), (3, {}), slow(2, {"tp": 2, "ep": 2})])
 def test_odd_experts_sandwich_and_a_frozen_router(workers, stage, layout):
     experts = {"num_experts": 5 if not layout else 6, "experts_per_token": 3, "sampling": "sandwich"}
     compare(workers, EXPERTS | experts, 2, stage, freeze=("router", "norm"), **layout)
 
 
-@pytest.mark.parametrize(("ranks", "stage", "layout"), [(2, 1, {"ep": 2}), (2, 2, {"tp": 2}), (2, 3, {"ep": 2})])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "layout"), [slow(2, 1, {"ep": 2}), slow(2, 2, {"tp": 2}), (2, 3, {"ep": 2})]
+)
 def test_frozen_experts(workers, ranks, stage, layout):
     compare(workers, EXPERTS, ranks, stage, freeze=("expert", "attention"), **layout)
 
 
-@pytest.mark.parametrize(("ranks", "stage", "layout"), [(2, 1, {}), (2, 2, {"ep": 2}), (2, 3, {"ep": 2})])
+@pytest.mark.parametrize(("ranks", "stage", "layout"), [slow(2, 1, {}), (2, 2, {"ep": 2}), slow(2, 3, {"ep": 2})])
 def test_bf16(workers, ranks, stage, layout):
     single = workers(1).run("curve", "engine_curve", arguments=EXPERTS, stage=1, bf16=True)[0]
     curve = workers(ranks).run("curve", "engine_curve", arguments=EXPERTS, stage=stage, bf16=True, **layout)[0]

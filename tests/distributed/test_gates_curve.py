@@ -67,7 +67,7 @@ def test_backbone_is_the_same_bit_for_bit(alone, arguments):
         slow(TIED, 4, 1, {"pp": 2}),
         (HYBRID, 2, 1, {"target": "divergence"}),
         slow(HYBRID, 2, 1, {"target": "divergence", "tp": 2}),
-        (TIED, 2, 3, {"target": "divergence", "tp": 2, "sp": True}),
+        slow(TIED, 2, 3, {"target": "divergence", "tp": 2, "sp": True}),
         (HYBRID, 4, 1, {"target": "divergence", "pp": 2, "tp": 2, "sp": True}),
         (TIED, 4, 1, {"target": "divergence", "pp": 2}),
     ],

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from distributed.curve import plain_curve
+from distributed.grids import slow
 
 HYBRID = {"pattern": "TMT", "mamba_version": 2}
 LAYOUTS = [
@@ -72,7 +73,7 @@ def test_muon_agrees_with_whole_matrices(workers, ranks, stage):
         assert abs(norm - wanted_norm) < 1e-5 * wanted_norm
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), slow(1, 2), slow(2, 1), (2, 2), (2, 3)])
 def test_bf16(workers, ranks, stage):
     arguments = HYBRID | {"sampling": "per_layer"}
     expected = reference(json.dumps(arguments), json.dumps([]))

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from distributed.curve import plain_curve
+from distributed.grids import slow
 
 HYBRID = {"pattern": "TMT", "sampling": "per_layer", "mamba_num_groups": 2, "expanded": True, "exits": 0.3}
 MAMBA1 = {"pattern": "MT", "mamba_version": 1, "sampling": "sandwich", "expanded": True, "activation": "swiglu"}
@@ -51,16 +52,16 @@ def test_it_makes_a_difference(arguments):
         (2, 2, {}),
         (2, 3, {}),
         (2, 2, {"offload": True}),
-        (2, 3, {"offload": True}),
+        slow(2, 3, {"offload": True}),
         (2, 1, {"tp": 2}),
-        (2, 3, {"tp": 2}),
+        slow(2, 3, {"tp": 2}),
     ],
 )
 def test_hybrid(workers, ranks, stage, layout):
     compare(workers, HYBRID, ranks, stage, **layout)
 
 
-@pytest.mark.parametrize(("ranks", "stage", "layout"), [(1, 1, {}), (2, 2, {}), (2, 1, {"tp": 2})])
+@pytest.mark.parametrize(("ranks", "stage", "layout"), [(1, 1, {}), (2, 2, {}), slow(2, 1, {"tp": 2})])
 def test_mamba1(workers, ranks, stage, layout):
     compare(workers, MAMBA1, ranks, stage, **layout)
 
@@ -70,7 +71,7 @@ def test_experts(workers, stage):
     compare(workers, EXPERTS, 2, stage, ep=2)
 
 
-@pytest.mark.parametrize(("ranks", "stage", "layout"), [(1, 1, {}), (2, 1, {}), (2, 2, {"tp": 2})])
+@pytest.mark.parametrize(("ranks", "stage", "layout"), [(1, 1, {}), (2, 1, {}), slow(2, 2, {"tp": 2})])
 def test_muon(workers, ranks, stage, layout):
     arguments = HYBRID | {"optimizer": "muon"}
     expected = workers(1).run("curve", "engine_curve", arguments=arguments, stage=0)[0]

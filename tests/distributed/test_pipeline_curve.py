@@ -69,7 +69,7 @@ def test_two_ranks(workers, arguments, ranks, layout):
         (HYBRID | {"tie_embeddings": True, "sampling": "sandwich"}, {"pp": 4}),
         slow(EXPERTS, {"pp": 2, "tp": 2}),
         (EXPERTS, {"pp": 2, "tp": 2, "sp": True}),
-        (EXPERTS, {"pp": 2}),
+        slow(EXPERTS, {"pp": 2}),
         slow(EXPERTS, {"pp": 2, "ep": 2}),
         slow(EXPERTS, {"pp": 2, "tp": 2, "ep": 2}),
         (EXPERTS | {"sampling": "sandwich"}, {"pp": 2, "ep": 2, **FOLDED}),

@@ -7,19 +7,21 @@ from pathlib import Path
 
 import pytest
 from distributed.curve import cell_config, plain_curve_of
+from distributed.grids import slow
 
 from megatron_adamba.blueprint.support import FEATURES, Cell, cell, support_table
 
 STEPS = 2
 CELLS = [cell(row, column) for number, row in enumerate(FEATURES) for column in FEATURES[: number + 1]]
-FOUR_RANKS = {"TP x data parallel", "PP x data parallel"}
+DEEPEST = {"ZeRO 3", "pipeline parallel"}
+"""features that change how every parameter is held or reached"""
 
 
 def marked(found: Cell):
-    """Four ranks on few cores take long: with those, what is not about ZeRO or experts runs among the slow grids."""
-    names = {found.row.name, found.column.name}
-    slow = FOUR_RANKS & names and not any("ZeRO" in name or "expert" in name for name in names)
-    return pytest.param(found.row.name, found.column.name, marks=[pytest.mark.slow] if slow else [])
+    """Each feature by itself and with the deepest ones; the other pairs are among the slow grids."""
+    names = (found.row.name, found.column.name)
+    quick = names[0] == names[1] or DEEPEST & set(names)
+    return pytest.param(*names) if quick else slow(*names)
 
 
 SUPPORTED = [marked(found) for found in CELLS if found.supported]

@@ -33,8 +33,8 @@ SANDWICH = {
         slow(2, 3, {"tp": 2}),
         (2, 1, {"tp": 2, "sp": True}),
         (2, 3, {"tp": 2, "sp": True}),
-        (2, 2, {"tp": 2, "sp": True, "offload": True}),
-        (2, 3, {"tp": 2, "offload": True}),
+        slow(2, 2, {"tp": 2, "sp": True, "offload": True}),
+        slow(2, 3, {"tp": 2, "offload": True}),
         (4, 1, {"tp": 4}),
         slow(4, 3, {"tp": 4, "sp": True}),
         slow(4, 1, {"tp": 2}),
@@ -49,9 +49,9 @@ def test_per_layer_mamba2(workers, ranks, stage, layout):
 @pytest.mark.parametrize(
     ("ranks", "stage", "layout"),
     [
-        (2, 1, {"tp": 2}),
+        slow(2, 1, {"tp": 2}),
         (2, 2, {"tp": 2, "sp": True}),
-        (2, 3, {"tp": 2}),
+        slow(2, 3, {"tp": 2}),
         slow(4, 2, {"tp": 4}),
         slow(4, 3, {"tp": 2, "sp": True}),
     ],
@@ -69,7 +69,7 @@ def test_frozen_embedding_and_mamba(workers, stage, sp):
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "layout"),
-    [(2, 1, {"tp": 2}), (2, 2, {"tp": 2, "sp": True}), (4, 1, {"tp": 2}), slow(4, 2, {"tp": 4})],
+    [slow(2, 1, {"tp": 2}), (2, 2, {"tp": 2, "sp": True}), (4, 1, {"tp": 2}), slow(4, 2, {"tp": 4})],
 )
 def test_muon_agrees_with_whole_matrices(workers, ranks, stage, layout):
     arguments = PER_LAYER | {"optimizer": "muon"}
@@ -81,7 +81,7 @@ def test_muon_agrees_with_whole_matrices(workers, ranks, stage, layout):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "layout"), [(2, 1, {"tp": 2}), (2, 3, {"tp": 2, "sp": True}), slow(4, 2, {"tp": 2})]
+    ("ranks", "stage", "layout"), [(2, 1, {"tp": 2}), slow(2, 3, {"tp": 2, "sp": True}), slow(4, 2, {"tp": 2})]
 )
 def test_bf16(workers, ranks, stage, layout):
     single = workers(1).run("curve", "engine_curve", arguments=PER_LAYER, stage=1, bf16=True)[0]

@@ -38,6 +38,7 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("text"))
 
 
+@pytest.mark.slow
 def test_the_whole_road(data, tmp_path):
     """Pretrain, publish, import, graft, phases 1 and 2, generate; phase 1 changes what was grafted and nothing else."""
     small = "--model.hidden_size 64 --model.num_heads 4 --model.num_kv_groups 2 --model.head_dim 16 "

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from surgery.test_gpt_oss_examples import ROOT, write_data
 from training.runs import free_port
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory) -> tuple[Path, str]:

@@ -120,6 +120,7 @@ def zeros(folder: Path, layers: int, hidden: int, vocab: int) -> int:
     return 4 * hidden * max(vocab, 4 * hidden)
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     """Bounded by three times the largest tensor, not by the model."""
     growth = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from surgery.test_surgery_memory import openai_folder, peak
 
 
@@ -19,6 +20,7 @@ def peaks_of(root, name, **sizes) -> tuple[int, int, dict[str, int]]:
     return largest, total, peaks
 
 
+@pytest.mark.slow
 def test_peaks(tmp_path):
     _, _, tiny = peaks_of(tmp_path, "tiny", layers=1, hidden=64, vocab=64, experts=2)
     largest, total, large = peaks_of(tmp_path, "large", layers=2, hidden=1536, vocab=1024, experts=10)

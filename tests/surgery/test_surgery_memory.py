@@ -109,6 +109,7 @@ CASES = {
 """by what is largest"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_peaks(name, tmp_path):
     """The rule is three times the largest tensor. Of what an export writes, the fused experts are twice as large."""

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 KEPT = ", freed pages kept"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subcommand", "names"),
     [

@@ -104,6 +104,7 @@ def synthetic(folder: Path, blocks: int, hidden: int) -> tuple[Path, float, floa
     return folder, sum(sizes), max(sizes)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_tensors_not_by_the_model(tmp_path):
     small, *_ = synthetic(tmp_path / "small", 2, 64)
     large, total, tensor = synthetic(tmp_path / "large", 10, 1024)

@@ -54,6 +54,7 @@ def items(checkpoint) -> list[dict]:
     return items
 
 
+@pytest.mark.slow
 def test_one_score_through_both(tool, checkpoint, items, tmp_path):  # noqa: F811
     file = tmp_path / "items.jsonl"
     file.write_text("".join(json.dumps(item) + "\n" for item in items))
