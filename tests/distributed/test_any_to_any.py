@@ -68,6 +68,11 @@ FEW = [
 WIDE = [pair for pair in [("DP4 ZeRO 3", "TP4 ZeRO 1"), *random.Random(4).sample(PAIRS, 60)] if pair not in FEW]
 
 
+def zero_2_slow(layouts):
+    """ZeRO 2 keeps its state as ZeRO 1 does: it is among the slow ones."""
+    return [slow(name) if name.endswith("ZeRO 2") else name for name in layouts]
+
+
 @pytest.fixture(scope="module")
 def random_state(workers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
@@ -92,7 +97,7 @@ def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", zero_2_slow(LAYOUTS))
 def test_every_layout_loads_and_saves_the_same(workers, random_state, tmp_path, name):
     loads_and_saves(workers, random_state, tmp_path, SETUP, *LAYOUTS[name])
 
@@ -190,7 +195,7 @@ def random_experts(workers, tmp_path_factory):
     return folder / checkpoint_name(STEPS)
 
 
-@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("name", zero_2_slow(EXPERT_LAYOUTS))
 def test_every_layout_of_experts_loads_and_saves_the_same(workers, random_experts, tmp_path, name):
     loads_and_saves(workers, random_experts, tmp_path, MOE, *EXPERT_LAYOUTS[name])
 
@@ -212,7 +217,7 @@ def test_training_goes_on_elsewhere(workers, tmp_path, one, other):
     goes_on(workers, tmp_path, SETUP, LAYOUTS[one], LAYOUTS[other], uninterrupted(SETUP))
 
 
-@pytest.mark.parametrize(("one", "other"), [slow("TP2+SP ZeRO 3", "1 ZeRO 1"), ("1 ZeRO 2", "TP4 ZeRO 2")])
+@pytest.mark.parametrize(("one", "other"), [("TP2+SP ZeRO 3", "1 ZeRO 1"), slow("1 ZeRO 2", "TP4 ZeRO 2")])
 def test_mamba1_and_tied_ends_go_on_elsewhere(workers, tmp_path, one, other):
     goes_on(workers, tmp_path, MAMBA1, LAYOUTS[one], LAYOUTS[other], uninterrupted(MAMBA1))
 

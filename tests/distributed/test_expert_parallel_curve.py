@@ -79,7 +79,7 @@ def test_a_skewed_router(workers, ranks, stage, layout):
     compare(workers, EXPERTS, ranks, stage, skew=30.0, **layout)
 
 
-@pytest.mark.parametrize(("stage", "layout"), [(1, {"ep": 2}), (3, {}), slow(2, {"tp": 2, "ep": 2})])
+@pytest.mark.parametrize(("stage", "layout"), [slow(1, {"ep": 2}), (3, {}), slow(2, {"tp": 2, "ep": 2})])
 def test_odd_experts_sandwich_and_a_frozen_router(workers, stage, layout):
     experts = {"num_experts": 5 if not layout else 6, "experts_per_token": 3, "sampling": "sandwich"}
     compare(workers, EXPERTS | experts, 2, stage, freeze=("router", "norm"), **layout)

@@ -49,9 +49,9 @@ FOLDED = {"schedule": "dualpipev"}
 @pytest.mark.parametrize(
     ("arguments", "ranks", "layout"),
     [
-        (SANDWICH, 2, {"pp": 2}),
+        slow(SANDWICH, 2, {"pp": 2}),
         (SANDWICH, 2, {"pp": 2, "bounds": [0, 2, 3]}),
-        (EXPERTS, 2, {"pp": 2}),
+        slow(EXPERTS, 2, {"pp": 2}),
         (EXPERTS, 2, {"pp": 2, "bounds": [0, 1, 4]}),
         (HYBRID, 2, {"pp": 2, **FOLDED}),
         (EXPERTS, 2, {"pp": 2, **FOLDED}),
