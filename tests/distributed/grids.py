@@ -4,5 +4,5 @@ import pytest
 
 
 def slow(*values):
-    """Parameters of a test among the slow grids: four ranks on few cores take long."""
+    """Parameters of a test that run among the slow ones: many ranks on few cores, or a layout much like a quick one."""
     return pytest.param(*values, marks=pytest.mark.slow)

@@ -18,7 +18,7 @@ DEEPEST = {"ZeRO 3", "pipeline parallel"}
 
 
 def marked(found: Cell):
-    """Each feature by itself and with the deepest ones; the other pairs are among the slow grids."""
+    """Each feature by itself and with the deepest ones; the other pairs are among the slow ones."""
     names = (found.row.name, found.column.name)
     quick = names[0] == names[1] or DEEPEST & set(names)
     return pytest.param(*names) if quick else slow(*names)
