@@ -25,6 +25,7 @@ setup(
         "jsonargparse[signatures]>=4.53,<5",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        "pydantic>=2.9",
         "PyYAML>=6",
         "rich>=13",
         "safetensors>=0.5",

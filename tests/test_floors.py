@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "megatron_adamba"
 FLOORS = (
     {"errors"},
-    {"files"},
+    {"files", "schema"},
     {"config"},
     {"blueprint"},
     {"elastic", "parallel", "ops"},

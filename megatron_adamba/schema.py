@@ -1,0 +1,84 @@
+"""The one way in for values that others wrote: JSON checked by type and range where it enters, against annotations.
+
+What a file must hold is said once, as a dataclass, a TypedDict or any annotation that pydantic knows; ranges are
+`Annotated[int, Field(ge=0)]`. Types are strict: true is no number, 1.5 and "1" are no integers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from megatron_adamba.errors import AdambaError
+
+T = TypeVar("T")
+JsonObject = dict[str, Any]
+"""an object of which nothing more is asked here"""
+Count = Annotated[int, Field(ge=0, le=2**62)]
+"""a number of things or bytes"""
+Size = Annotated[int, Field(ge=1, le=2**62)]
+"""a number of things, of which there is at least one"""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+LARGEST_FILE = 1 << 30
+"""bytes of JSON that are read at all"""
+
+
+def read_json(path: Path, kind: type[T], error: type[AdambaError], advice: str) -> T:
+    """A JSON file as a value of `kind`.
+
+    Raises `error`, one line that names the file, the first place in it that is wrong, and `advice`, where the file is
+    missing, no regular file, too large, not UTF-8, not JSON, or not of `kind`.
+    """
+    return parse_json(read_regular(path, error, advice), kind, str(path), error, advice)
+
+
+def read_regular(path: Path, error: type[AdambaError], advice: str, most: int = LARGEST_FILE) -> bytes:
+    """The bytes of a regular file: a pipe would be waited for. Raises `error`."""
+    try:
+        if path.exists() and not path.is_file():
+            raise error(f"{path}: is no regular file; {advice}")
+        size = path.stat().st_size
+        if size > most:
+            raise error(f"{path}: {size:,} bytes, at most {most:,} are read; {advice}")
+        return path.read_bytes()
+    except (OSError, ValueError) as failure:
+        if isinstance(failure, AdambaError):
+            raise
+        # ValueError: a name that no file can have
+        raise error(f"{path}: {getattr(failure, 'strerror', None) or failure}; {advice}") from None
+
+
+def parse_json(content: bytes | str, kind: type[T], source: str, error: type[AdambaError], advice: str) -> T:
+    """JSON text as a value of `kind`; source: what the message names. Raises `error`."""
+    try:
+        return _adapter(kind).validate_json(content, strict=True)
+    except ValidationError as failure:
+        raise error(f"{source}: damaged ({_first(failure)}); {advice}") from None
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{source}: damaged ({failure}); {advice}") from None
+
+
+def check_value(value: Any, kind: type[T], source: str, error: type[AdambaError], advice: str) -> T:
+    """A value that came as Python objects (from YAML, a header, a request) as one of `kind`. Raises `error`."""
+    try:
+        content = json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as failure:
+        raise error(f"{source}: damaged ({failure}); {advice}") from None
+    return parse_json(content, kind, source, error, advice)
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
+
+
+def _first(failure: ValidationError) -> str:
+    """Where the first fault is and what it is, without the value, which may be long or secret."""
+    found = failure.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in found["loc"])
+    text = found["msg"][:160]
+    return f"{place[:160]}: {text}" if place else text
