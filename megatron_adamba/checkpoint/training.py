@@ -20,18 +20,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_adamba import errors
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata
+from megatron_adamba.checkpoint.keeping import (
+    FILES_FILE,
+    LATEST,
+    STATE_FILE,
+    checkpoint_name,
+    complete_folders,
+    make_room,
+    prune,
+    put_in_place,
+    step_folders,
+)
 from megatron_adamba.checkpoint.rectangles import Fragment
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import AdambaError, CheckpointError
 from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
 
 T = TypeVar("T")
-STATE_FILE, FILES_FILE, LATEST = "state.json", "files.json", "latest"
 _BLOCK = 1 << 20
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def save_training_checkpoint(
@@ -44,14 +50,14 @@ def save_training_checkpoint(
 ) -> Path:
     """Called by every rank with its own fragments; returns the finished folder.
 
-    state: JSON values, the same on all ranks; group: of all ranks, to meet in; None is the world's. Older checkpoints
-    beyond `keep_last` go only after `latest` names the new one. Raises StorageError where the disk is full; what was
-    there before is untouched.
+    state: JSON values, the same on all ranks, with `run_id` in its config; group: of all ranks, to meet in; None is the
+    world's. This run's older checkpoints beyond `keep_last` go, after `latest` names the new one; what any other run
+    wrote stays. Raises StorageError where the disk is full; what was there before is untouched.
     """
     rank = dist.get_rank()
     final = root / checkpoint_name(step)
     aside = root / f"{checkpoint_name(step)}.tmp"
-    together(lambda: _prepare(root, aside) if rank == 0 else None, group)
+    together(lambda: make_room(root, step) if rank == 0 else None, group)
     try:
         dcp.save(fragments, storage_writer=JsonWriter(aside), process_group=group)
     except CheckpointException as error:
@@ -90,11 +96,12 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     return result
 
 
-def _prepare(root: Path, aside: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob("step-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    aside.mkdir()
+def from_first_rank(action: Callable[[], T]) -> T:
+    """What `action` gives on the first rank, which alone runs it; every rank calls this alike, and fails where it
+    fails."""
+    box = [together(lambda: action() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _publish(
@@ -105,25 +112,10 @@ def _publish(
         files[name] = _fingerprint(aside / name)
     write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
     sync_directory(aside)
-    if final.exists():
-        # only a run that went back to an earlier step comes here; what it replaces stays whole until the new one is in
-        final.rename(root / f"{final.name}.replaced.tmp")
-    aside.rename(final)
-    sync_directory(root)
+    run_id = state["config"].get("run_id")
+    put_in_place(aside, final, run_id)
     write_atomically(root / LATEST, final.name.encode())
-    finished = _finished(root)
-    # later steps are those of a branch that this run went back from
-    abandoned = [path for path in finished if path.name > final.name]
-    kept = [path for path in finished if path.name <= final.name][-keep_last:]
-    stale = [path for path in finished if path not in kept and path not in abandoned]
-    for old in [*root.glob("step-*.replaced.tmp"), *abandoned, *stale]:
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _finished(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.suffix != ".tmp" and (path / FILES_FILE).is_file())
+    prune(root, final, keep_last, run_id)
 
 
 def _explain(error: CheckpointException) -> Exception:
@@ -146,20 +138,32 @@ def _is_fingerprint(mark: Any) -> bool:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint that `latest` names; the newest complete one where a kill left that name without a folder; None
-    where the run never saved. Raises CheckpointError where `latest` names nothing and nothing complete is there."""
-    pointer = root / LATEST
-    if not pointer.exists():
-        return None
-    try:
-        name = pointer.read_text().strip()
-    except ValueError:
-        raise CheckpointError(f"{pointer}: damaged (not text); give --resume a checkpoint folder") from None
+    """The checkpoint that `latest` names; the newest complete one where that name is missing or has no folder, as after
+    a kill between two renames; None where the run never saved.
+
+    Raises CheckpointError where `latest` is damaged, and where there are checkpoints and none is complete.
+    """
+    pointer, complete = root / LATEST, complete_folders(root)
+    way_out = f"give --resume {complete[-1] if complete else 'FOLDER'}, or delete it: the newest complete one counts"
+    name = None
+    if pointer.exists() or pointer.is_symlink():
+        try:
+            name = pointer.read_text().strip()
+        except OSError as error:
+            raise CheckpointError(f"{pointer}: {error.strerror}; {way_out}") from None
+        except ValueError:
+            raise CheckpointError(f"{pointer}: damaged (not text); {way_out}") from None
+        if len(name) > 255 or "\0" in name:
+            raise CheckpointError(f"{pointer}: damaged (no name of a folder); {way_out}")
     if name and Path(name).name == name and (root / name).is_dir():
         return root / name
-    if finished := _finished(root):
-        return finished[-1]
-    raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
+    if complete:
+        return complete[-1]
+    if unfinished := step_folders(root):
+        raise CheckpointError(f"{unfinished[-1] / FILES_FILE}: is missing, and no checkpoint beside it is complete")
+    if name is not None:
+        raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
+    return None
 
 
 def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:

@@ -119,6 +119,8 @@ class DataConfig:
     """bytes | FILE.model (sentencepiece) | tokenizer.json | tiktoken:NAME"""
     prompt_end: str | None = None
     """text of the token that ends a document's prompt, at its first place in each; null: documents have no prompt"""
+    allow_new_order: bool = False
+    """a resumed run whose seed, sequence length or documents changed reads the new order from its first sample"""
 
 
 @dataclass

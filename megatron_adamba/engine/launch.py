@@ -10,20 +10,16 @@ import importlib
 import logging
 import os
 import socket
-import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_adamba.errors import ConfigError, LostRankError
+from megatron_adamba.errors import ConfigError
 from megatron_adamba.ops.host_memory import keep_freed_pages
 
 _TIMEOUT = datetime.timedelta(minutes=30)
-_PATIENCE = 0.3
-"""seconds in which ranks that lost a connection find each other; launchers end a job within a second"""
 
 
 @dataclass(frozen=True)
@@ -86,43 +82,31 @@ def _spare_the_collector() -> None:
         atexit.register(gc.unfreeze)
 
 
-@contextlib.contextmanager
-def lost_ranks_named(info: RankInfo) -> Iterator[None]:
-    """Turns a collective that failed because a rank is gone into a LostRankError that says which."""
-    try:
-        yield
-    except (RuntimeError, dist.DistError) as error:
-        if not _is_lost_connection(error):
-            raise
-        gone = _missing_ranks(info)
-        logging.getLogger("megatron_adamba").error("lost a connection", exc_info=error)
-        names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
-        raise LostRankError(
-            f"{names} ended without a word (killed, out of memory, or its machine is gone): its log is in RUN/logs; "
-            f"start again with --resume auto",
-            first_survivor=0 in gone or info.rank == 0,
-        ) from None
+class JobBoard:
+    """Words that every rank of a job can write and read, in the job's store; where that is gone, nothing is there."""
 
+    def __init__(self) -> None:
+        default = importlib.import_module("torch.distributed.distributed_c10d")._get_default_store()
+        # the store's own connection may be busy for as long as a rank waits for others
+        self._store = default.clone()
 
-def _is_lost_connection(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistNetworkError) or any(
-        mark in text for mark in ("gloo/transport", "Connection closed by", "Connection reset by", "ncclRemote")
-    )
+    def write(self, topic: str, text: str) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            self._store.set(f"adamba/{topic}", text)
 
+    def read(self, topic: str) -> str | None:
+        key = f"adamba/{topic}"
+        try:
+            return self._store.get(key).decode() if self._store.check([key]) else None
+        except (RuntimeError, ValueError):
+            return None
 
-def _missing_ranks(info: RankInfo) -> list[int]:
-    """Ranks that do not answer: whoever lost a connection says so in the job's store, and waits for the others to."""
-    try:
-        store = importlib.import_module("torch.distributed.distributed_c10d")._get_default_store()
-        missing = lambda: [rank for rank in range(info.world_size) if not store.check([f"adamba/alive/{rank}"])]
-        store.set(f"adamba/alive/{info.rank}", "1")
-        if missing():
-            time.sleep(_PATIENCE)
-        return missing()
-    except (RuntimeError, ValueError, AttributeError):
-        # the first rank keeps the store of a job without an agent
-        return [0] if info.rank else []
+    def written(self, topics: list[str]) -> set[str] | None:
+        """Which of them are there; None where the store is gone."""
+        try:
+            return {topic for topic in topics if self._store.check([f"adamba/{topic}"])}
+        except (RuntimeError, ValueError):
+            return None
 
 
 def stop_distributed() -> None:

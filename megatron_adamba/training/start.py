@@ -9,6 +9,7 @@ from typing import Any
 from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import read_history
+from megatron_adamba.checkpoint.keeping import complete_folders, step_folders, step_of
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
 from megatron_adamba.checkpoint.training import latest_checkpoint, together
 from megatron_adamba.config.root import AdambaConfig, read_run_config
@@ -24,25 +25,46 @@ def checkpoint_root(config: AdambaConfig) -> Path:
     return Path(config.logging.run_dir) / "checkpoints"
 
 
-def find_resume(config: AdambaConfig) -> Path | None:
-    """The checkpoint that `--checkpoint.resume` asks for, None for a fresh start.
+def find_resume(config: AdambaConfig) -> list[Path]:
+    """Checkpoints that `--checkpoint.resume` asks for: the first of them that is whole counts. Empty: a fresh start.
 
-    Raises CheckpointError where it is not there, ConfigError where a fresh start would write over an earlier run.
+    `auto` takes what `latest` names, or the newest, then older ones, then newer ones. Raises CheckpointError where
+    there is nothing to go on from, ConfigError where a run would write over what another one left.
     """
-    wanted = config.checkpoint.resume
-    if wanted == "never":
-        if latest_checkpoint(checkpoint_root(config)) is not None:
-            raise ConfigError(
-                f"--logging.run_dir {config.logging.run_dir}: holds checkpoints of an earlier run; go on with "
-                f"--resume auto, or give another folder, for example --logging.run_dir {config.logging.run_dir}-2"
-            )
-        return None
+    wanted, root = config.checkpoint.resume, checkpoint_root(config)
     if wanted == "auto":
-        return latest_checkpoint(checkpoint_root(config))
+        latest = latest_checkpoint(root)
+        if latest is None:
+            return []
+        rest = [path for path in reversed(complete_folders(root)) if path != latest]
+        return [latest, *sorted(rest, key=lambda path: step_of(path) > step_of(latest))]
+    held = step_folders(root)
+    if wanted == "never":
+        if held:
+            raise ConfigError(f"{_held(config)}; go on with --resume auto, or give another folder, {_another(config)}")
+        return []
     folder = Path(wanted)
     if not folder.is_dir():
         raise CheckpointError(f"--resume {wanted}: no such folder; try --resume auto")
-    return folder
+    if held and not in_own_root(config, folder):
+        raise ConfigError(
+            f"{_held(config)}, and --resume {wanted} is not one of them; give a run that goes on from elsewhere a "
+            f"folder of its own, {_another(config)}, or go on here with --resume auto"
+        )
+    return [folder]
+
+
+def in_own_root(config: AdambaConfig, folder: Path) -> bool:
+    """Whether a checkpoint lies in the run's own folder."""
+    return folder.resolve().parent == checkpoint_root(config).resolve()
+
+
+def _held(config: AdambaConfig) -> str:
+    return f"--logging.run_dir {config.logging.run_dir}: holds checkpoints of an earlier run"
+
+
+def _another(config: AdambaConfig) -> str:
+    return f"for example --logging.run_dir {config.logging.run_dir}-2"
 
 
 def check_start(folder: str, tokenizer: Tokenizer) -> None:
