@@ -41,7 +41,6 @@ def start_distributed() -> RankInfo:
     _complete_environment()
     cuda = torch.cuda.is_available()
     if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_pages()
     deepspeed = import_deepspeed()
     backend = "nccl" if cuda else "gloo"
@@ -57,6 +56,8 @@ def start_distributed() -> RankInfo:
 
 def import_deepspeed():
     """DeepSpeed, quiet, and with its C++ shared-memory collectives off: building them needs a compiler and minutes."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # torch 2.13 renames a collective that DeepSpeed and torch 2.9 know by its old name
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)

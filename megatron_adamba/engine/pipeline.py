@@ -89,6 +89,7 @@ class ChunkRunner:
             self.loads[block] = self.loads.get(block, 0) + load
         self.losses[index] += own.detach().float()
         if chunk.head:
+            out = out if one.share is None else out * one.share
             self.losses[index] += out.detach().float()
             if taps is not None:
                 self.taps.append(taps)

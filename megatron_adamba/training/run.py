@@ -28,6 +28,7 @@ from megatron_adamba.data.order import data_order
 from megatron_adamba.data.packed import EvaluationBatches, evaluation_batches
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_adamba.elastic.sampler import PlanSampler, earliest_exit
+from megatron_adamba.engine.ds_schema import check_ds_config
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.launch import RankInfo
 from megatron_adamba.engine.old_weights import slow_old_weights
@@ -99,6 +100,8 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
         raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
     pattern = config.model.block_pattern
     raw = read_ds_config(parsed.deepspeed_config)
+    if parsed.deepspeed_config is not None:
+        check_ds_config(raw, f"--deepspeed_config {parsed.deepspeed_config}")
     stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
     grid = RankGrid(world_size, config.parallel.tp, config.parallel.pp, config.parallel.ep)

@@ -56,7 +56,7 @@ class RunLock:
     """Held from `acquire` to `release`."""
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print, patience: float = _DEAD) -> None:
-        """patience: seconds that an owner on another machine has to show that it lives; say: told when it is waited for."""
+        """patience: seconds that an owner on another machine has to show that it lives; say: told of that wait."""
         self.path, self.say, self.patience = folder / NAME, say, patience
         self._own: _Owner | None = None
         self._released, self._writing = threading.Event(), threading.Lock()

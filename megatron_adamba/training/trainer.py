@@ -19,6 +19,7 @@ from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
 from megatron_adamba.checkpoint.keeping import checkpoint_name, complete_folders
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
+from megatron_adamba.data.packed import UNSCORED
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
 from megatron_adamba.engine.launch import JobBoard
 from megatron_adamba.engine.session import MicroStep, StepReport
@@ -199,8 +200,9 @@ class Trainer:
     ) -> Iterator[MicroStep]:
         """Every pass of this replica's micro-batches; plans and documents are put on record."""
         setup = self.run.gate_setup
-        for index in range(self.accumulation):
-            batch = self.last_batch = next(batches)
+        of_step = [next(batches) for _ in range(self.accumulation)]
+        for index, (batch, share) in enumerate(zip(of_step, self._shares(of_step))):
+            self.last_batch = batch
             number = index * self.dp + self.dp_rank
             taps = None
             begun = setup is not None and setup.begun(step)
@@ -216,7 +218,15 @@ class Trainer:
                 self.labels[plan.label] = None
                 self._count_flops(plan)
                 plans.append(plan)
-                yield MicroStep(**self._inputs(batch), plan=plan, taps=taps)
+                yield MicroStep(**self._inputs(batch), plan=plan, taps=taps, share=share)
+
+    def _shares(self, batches: list[MicroBatch]) -> Tensor:
+        """[micro-batches]: scored tokens of each, over the mean of all micro-batches of the step on all replicas; 1
+        exactly where all have as many. No host sync."""
+        counts = torch.tensor([int((batch["labels"] != UNSCORED).sum()) for batch in batches], dtype=torch.float64)
+        counts = counts.to(self.device)
+        mean = self.session.mean_over_ranks(counts.mean())
+        return (counts / mean.clamp(min=1e-9)).float()
 
     def _expert_load(self) -> dict[str, list[float]]:
         """By block: each expert's share of the choices in this step, times the number of experts; 1 is balanced."""
@@ -358,5 +368,5 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.first_rank:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         self.log.info(text)
