@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,12 +41,13 @@ def save_training_checkpoint(
     state: dict[str, Any],
     keep_last: int,
     group: dist.ProcessGroup | None = None,
+    carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Called by every rank with its own fragments; returns the finished folder.
 
     state: JSON values, the same on all ranks; group: of all ranks, to meet in; None is the world's. Older checkpoints
-    beyond `keep_last` go only after `latest` names the new one. Raises StorageError where the disk is full; what was
-    there before is untouched.
+    beyond `keep_last` go only after `latest` names the new one. carried: the tokenizer's files, by name. Raises
+    StorageError where the disk is full; what was there before is untouched.
     """
     rank = dist.get_rank()
     final = root / checkpoint_name(step)
@@ -62,7 +63,7 @@ def save_training_checkpoint(
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own, group=group)
     files = {name: mark for part in everyone for name, mark in part.items()}
-    together(lambda: _publish(root, aside, final, files, state, keep_last) if rank == 0 else None, group)
+    together(lambda: _publish(root, aside, final, files, state, keep_last, carried or {}) if rank == 0 else None, group)
     return final
 
 
@@ -98,10 +99,18 @@ def _prepare(root: Path, aside: Path) -> None:
 
 
 def _publish(
-    root: Path, aside: Path, final: Path, files: dict[str, Any], state: dict[str, Any], keep_last: int
+    root: Path,
+    aside: Path,
+    final: Path,
+    files: dict[str, Any],
+    state: dict[str, Any],
+    keep_last: int,
+    carried: Mapping[str, bytes],
 ) -> None:
+    for name, content in carried.items():
+        write_atomically(aside / name, content)
     write_atomically(aside / STATE_FILE, json.dumps(state, indent=1).encode())
-    for name in (METADATA_FILE, STATE_FILE):
+    for name in (METADATA_FILE, STATE_FILE, *carried):
         files[name] = _fingerprint(aside / name)
     write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
     sync_directory(aside)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_adamba.data import tokenizer_hugging_face, tokenizer_sentencepiece, tokenizer_tiktoken
+from megatron_adamba.config.root import TOKENIZER_FILES
+from megatron_adamba.data import tokenizer_tiktoken
 from megatron_adamba.data.tokenizer_hugging_face import HuggingFaceTokenizer
 from megatron_adamba.data.tokenizer_options import TOOL_FLAGS, TokenizerFlags
 from megatron_adamba.data.tokenizer_sentencepiece import SentencePieceTokenizer
@@ -16,10 +17,6 @@ from megatron_adamba.data.tokenizer_tiktoken import RankChoice, TiktokenTokenize
 from megatron_adamba.errors import TokenizerError
 
 KINDS = "bytes, FILE.model (sentencepiece), tokenizer.json (a file or its folder), tiktoken:NAME_OR_FILE"
-FOLDER_NAMES = tuple(
-    module.CARRIED_NAME for module in (tokenizer_hugging_face, tokenizer_sentencepiece, tokenizer_tiktoken)
-)
-"""names under which folders carry a tokenizer"""
 
 
 class Tokenizer(Protocol):
@@ -141,10 +138,12 @@ def _refuse_pattern(spec: str, split_pattern: str | None, flags: TokenizerFlags)
 def _tokenizer_file(spec: str, flags: TokenizerFlags) -> Path:
     path = Path(spec)
     if os.path.isdir(path):
-        for name in FOLDER_NAMES:
+        for name in TOKENIZER_FILES:
             if os.path.exists(path / name):
                 return path / name
-        raise TokenizerError(f"{flags.tokenizer} {spec}: the folder holds no {' or '.join(FOLDER_NAMES)}; give {KINDS}")
+        raise TokenizerError(
+            f"{flags.tokenizer} {spec}: the folder holds no {' or '.join(TOKENIZER_FILES)}; give {KINDS}"
+        )
     if not os.path.exists(path):
         raise TokenizerError(f"{flags.tokenizer} {spec}: no such file; give one of {KINDS}")
     if path.suffix not in (".model", ".json", ".tiktoken"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_adamba.config.root import TOKENIZER_NOTE
 from megatron_adamba.data.tokenizer_options import (
     LARGEST_FILE,
     MOST_IDS,
@@ -85,7 +86,7 @@ class HuggingFaceTokenizer:
         files = {CARRIED_NAME: self._content}
         if self._chosen is not None:
             note = TokenizerNote(eod_token=self._chosen)
-            files[CARRIED_NAME + ".meta.json"] = note.content()
+            files[CARRIED_NAME + TOKENIZER_NOTE] = note.content()
         return files
 
     def encode(self, text: str) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from megatron_adamba.config.root import TOKENIZER_NOTE
 from megatron_adamba.errors import AdambaError, TokenizerError
 from megatron_adamba.schema import read_json
 
@@ -18,7 +19,6 @@ MOST_IDS = 1 << 24
 """ids that a vocabulary may have: sixty times the largest one published"""
 LARGEST_FILE = 1 << 28
 """bytes of a tokenizer file"""
-NOTE_SUFFIX = ".meta.json"
 PROBE = "In 2024, (a+b)*c:\n\t\u00e9t\u00e9 \u4f60\u597d \U0001f600\r\n  'll e\u0301\u200b\x7f 1234567"
 """text of every kind of character, which each tokenizer is tried on before it is trusted"""
 
@@ -37,7 +37,9 @@ class TokenizerFlags:
 TOOL_FLAGS = TokenizerFlags()
 RUN_FLAGS = TokenizerFlags("--data.tokenizer", "--data.eod_token", "--data.split_pattern")
 FOLDER_FLAGS = TokenizerFlags(
-    "tokenizer", f"`eod_token` in a FILE{NOTE_SUFFIX} beside it", f"`split_pattern` in a FILE{NOTE_SUFFIX} beside it"
+    "tokenizer",
+    f"`eod_token` in a FILE{TOKENIZER_NOTE} beside it",
+    f"`split_pattern` in a FILE{TOKENIZER_NOTE} beside it",
 )
 """of a folder that brings its own tokenizer, where no flag chooses one"""
 
@@ -56,7 +58,7 @@ class TokenizerNote:
     @classmethod
     def beside(cls, path: Path) -> TokenizerNote:
         """The note of a tokenizer file, empty without one. Raises TokenizerError where it is not what it should be."""
-        note = path.with_name(path.name + NOTE_SUFFIX)
+        note = path.with_name(path.name + TOKENIZER_NOTE)
         if not note.exists():
             return cls()
         return read_json(note, cls, TokenizerError, "mend the file, or remove it")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_adamba.config.root import TOKENIZER_NOTE
 from megatron_adamba.data.tokenizer_options import (
     LARGEST_FILE,
     MOST_IDS,
@@ -79,7 +80,7 @@ class SentencePieceTokenizer:
     def carried(self) -> dict[str, bytes]:
         files = {CARRIED_NAME: self._content}
         if self._chosen is not None:
-            files[CARRIED_NAME + ".meta.json"] = TokenizerNote(eod_token=self._chosen).content()
+            files[CARRIED_NAME + TOKENIZER_NOTE] = TokenizerNote(eod_token=self._chosen).content()
         return files
 
     def encode(self, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_adamba.config.root import TOKENIZER_NOTE
 from megatron_adamba.data.rank_encodings import END_OF_TEXT, RankEncoding, encoding_of_pattern, published_encodings
 from megatron_adamba.data.tokenizer_options import (
     LARGEST_FILE,
@@ -123,7 +124,7 @@ class TiktokenTokenizer:
         ranks = sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
         lines = b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for piece, rank in ranks)
         note = TokenizerNote(self._eod_token, self._encoding._pat_str, dict(self._encoding._special_tokens), self.name)
-        return {CARRIED_NAME: lines, CARRIED_NAME + ".meta.json": note.content()}
+        return {CARRIED_NAME: lines, CARRIED_NAME + TOKENIZER_NOTE: note.content()}
 
     def encode(self, text: str) -> list[int]:
         with self._failures():
@@ -193,7 +194,7 @@ def _published_encoding(name: str, flags: TokenizerFlags, network: bool) -> tikt
         raise TokenizerError(
             f"{flags.tokenizer} tiktoken:{name}: would have to be downloaded, which is done for a name that you give "
             f"yourself alone; put its ranks there as {CARRIED_NAME}, with a note of its name ({name}) as "
-            f"`split_pattern` in {CARRIED_NAME}.meta.json"
+            f"`split_pattern` in {CARRIED_NAME}{TOKENIZER_NOTE}"
         )
     try:
         return tiktoken.get_encoding(name)

@@ -77,8 +77,5 @@ def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
 def write_final_model(run: Run, checkpoint: Path) -> Path:
     """The run's canonical checkpoint, `RUN/model`, converted by rank 0 from what was just saved."""
     folder = run.run_dir / "model"
-    tokenizer = Path(run.plan.config.data.tokenizer)
-    # the checkpoint reads on its own wherever it is moved to
-    files = [tokenizer] if tokenizer.is_file() else []
-    together(lambda: canonical_from_training(checkpoint, folder, files) if dist.get_rank() == 0 else None)
+    together(lambda: canonical_from_training(checkpoint, folder) if dist.get_rank() == 0 else None)
     return folder
