@@ -56,12 +56,16 @@ def show_config(parsed: ParsedArguments) -> int:
     from megatron_adamba.blueprint.resolve import resolve_model
     from megatron_adamba.blueprint.stages import plan_stages
     from megatron_adamba.data.tokenizer import load_tokenizer
+    from megatron_adamba.data.tokenizer_options import RUN_FLAGS
     from megatron_adamba.training.report import print_config, print_stages, print_summary
 
     config = parsed.config
     vocab_size = config.model.vocab_size
     if vocab_size is None:
-        vocab_size = load_tokenizer(config.data.tokenizer or "bytes").vocab_size
+        data = config.data
+        vocab_size = load_tokenizer(
+            data.tokenizer or "bytes", data.eod_token, data.split_pattern, flags=RUN_FLAGS
+        ).vocab_size
     model = resolve_model(config.model, vocab_size)
     sources = dict(parsed.sources)
     for name, value in vars(model).items():

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 CONVERT = """Convert a training checkpoint to a canonical one, or a canonical one to a training checkpoint.
 
-To canonical: whole weights under their own names, in safetensors shards, with the config and the run's tokenizer file.
+To canonical: whole weights under their own names, in safetensors shards, with the config and the run's tokenizer.
 Optimizer state stays behind.
 
 To training: fp32 weights, no optimizer state, counters at 0; `--resume DST` starts from it and reports the optimizer
@@ -131,24 +131,28 @@ def check_target(target: Path, name: str, force: bool) -> None:
         raise ConfigError(f"{name}: is no checkpoint, and --force replaces nothing else; give another folder")
 
 
-def tokenizer_files(source: OpenCheckpoint) -> tuple[list[Path], str]:
-    """The run's tokenizer file where it is still what it was, or none and a note.
+def tokenizer_files(source: OpenCheckpoint) -> tuple[dict[str, bytes] | None, str]:
+    """Files of the run's tokenizer where it is still what it was, or none and a note; None: the checkpoint has them.
 
     A checkpoint may come from anywhere: a path in it is not reason enough to copy a file.
     """
+    from megatron_adamba.checkpoint.carried import carried_files
     from megatron_adamba.data.tokenizer import load_tokenizer
 
     data = source.config.get("data")
-    spec = data.get("tokenizer") if isinstance(data, dict) else None
-    if not isinstance(spec, str) or not (Path(spec).suffix or Path(spec).exists()):
-        return [], ""
+    choice = [data.get(name) for name in ("tokenizer", "eod_token", "split_pattern")] if isinstance(data, dict) else []
+    if carried_files(source.folder):
+        return None, ""
+    if not choice or not all(value is None or isinstance(value, str) for value in choice) or not choice[0]:
+        return {}, ""
     try:
-        if Path(spec).is_file() and load_tokenizer(spec).hash == source.config.get("tokenizer_hash"):
-            return [Path(spec)], ""
-        why = "is not the run's" if Path(spec).is_file() else "is not a file here"
-    except TokenizerError:
-        why = "cannot be read"
-    return [], f"; its tokenizer {spec} {why}: copy the right one in"
+        tokenizer = load_tokenizer(*choice)
+        if tokenizer.hash == source.config.get("tokenizer_hash"):
+            return tokenizer.carried(), ""
+        why = "is not the run's"
+    except TokenizerError as error:
+        why = "is not a file here" if "no such file" in str(error) else "cannot be read"
+    return {}, f"; its tokenizer {choice[0]} {why}: copy the right one in"
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -27,6 +27,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--eval", required=True, help="eval.json that tools/evaluate.py wrote")
     parser.add_argument("--data", required=True, help="prefix of the dataset that was evaluated")
     parser.add_argument("--tokenizer", required=True, help="tokenizer that made it")
+    parser.add_argument("--eod-token", help="as given when it was made")
+    parser.add_argument("--split-pattern", help="as given when it was made")
     parser.add_argument("--check", action="store_true", help="exit with 1 unless the model wins")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON too")
     args = parser.parse_args(words)
@@ -38,7 +40,7 @@ def main(words: list[str]) -> int:
         rows = json.loads(Path(args.eval).read_text())["rows"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"--eval {args.eval}: not an eval.json ({error}); run tools/evaluate.py --json first") from None
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer, args.eod_token, args.split_pattern, network=True)
     indexed = open_dataset(args.data, tokenizer, "--data")
     documents = [tokenizer.decode(indexed.document(i).tolist()) for i in range(indexed.num_documents)]
     content = "".join(documents).encode()

@@ -23,9 +23,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="folder, .txt, .jsonl, or python-stdlib")
     parser.add_argument(
-        "--tokenizer", required=True, help="bytes | FILE.model | tokenizer.json | tiktoken:NAME_OR_FILE"
+        "--tokenizer",
+        required=True,
+        help="bytes | FILE.model | tokenizer.json | FILE.tiktoken | tiktoken:NAME | folder",
     )
     parser.add_argument("--eod-token", help="end-of-document token by name, if it is not one of the usual ones")
+    parser.add_argument("--split-pattern", help="of a FILE.tiktoken: encoding it was made with, or regular expression")
     parser.add_argument("--output", required=True, help="prefix of the dataset; with --split a folder")
     parser.add_argument("--split", action="store_true", help="write OUTPUT/train and OUTPUT/validation")
     parser.add_argument("--validation-fraction", type=float, default=0.05, help="share of documents held out")
@@ -45,6 +48,7 @@ def main(words: list[str]) -> int:
         output=args.output,
         tokenizer=args.tokenizer,
         eod_token=args.eod_token,
+        split_pattern=args.split_pattern,
         split=args.split,
         validation_fraction=args.validation_fraction,
         json_key=args.json_key,

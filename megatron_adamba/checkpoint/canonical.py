@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_adamba.checkpoint.aside import written_aside
+from megatron_adamba.checkpoint.carried import carried_files
 from megatron_adamba.checkpoint.history import HISTORY_FILE, trained_history
 from megatron_adamba.checkpoint.shards import TensorInfo, shard_name, stream_shards
 from megatron_adamba.checkpoint.training import read_state, verify_files
@@ -34,12 +35,13 @@ def write_canonical(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     infos: Mapping[str, TensorInfo] | None = None,
     history: list[dict[str, Any]] | None = None,
+    contents: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write aside and rename; one shard is in memory at a time, one tensor where `infos` is given.
 
     config: JSON values, with the resolved model under `model`; extra_files are copied in under their own names; infos:
-    what `tensors` will yield, in the same order; history: what was done to the weights, where anything was. Raises
-    StorageError where the disk is full.
+    what `tensors` will yield, in the same order; history: what was done to the weights, where anything was; contents:
+    more files, by name. Raises StorageError where the disk is full.
     """
     with written_aside(folder) as aside:
         if infos is None:
@@ -52,8 +54,9 @@ def write_canonical(
         write_atomically(aside / CONFIG_FILE, json.dumps(config, indent=1).encode())
         if history:
             write_atomically(aside / HISTORY_FILE, (json.dumps(history, indent=1) + "\n").encode())
-        for path in extra_files:
-            write_atomically(aside / path.name, path.read_bytes())
+        files = {path.name: path.read_bytes() for path in extra_files} | dict(contents or {})
+        for name, content in files.items():
+            write_atomically(aside / name, content)
 
 
 def _write_shards(
@@ -155,10 +158,10 @@ def load_into(
             parameters[name].copy_(part)
 
 
-def canonical_from_training(checkpoint: Path, folder: Path, extra_files: Iterable[Path] = ()) -> None:
+def canonical_from_training(checkpoint: Path, folder: Path, carried: Mapping[str, bytes] | None = None) -> None:
     """Convert a training checkpoint in one process, a tensor at a time: weights only, fp32 where they were trained.
 
-    extra_files: copied in beside the weights, such as the tokenizer. Raises CheckpointError.
+    carried: the tokenizer's files, by name; None takes those that the checkpoint carries. Raises CheckpointError.
     """
     verify_files(checkpoint)
     state = read_state(checkpoint)
@@ -168,6 +171,5 @@ def canonical_from_training(checkpoint: Path, folder: Path, extra_files: Iterabl
     keys = {key.removeprefix(WEIGHT_PREFIX): key for key in held.infos if key.startswith(WEIGHT_PREFIX)}
     infos = {name: held.infos[key] for name, key in keys.items()}
     tensors = ((name, held.read(key)) for name, key in keys.items())
-    write_canonical(
-        folder, state["config"], tensors, extra_files, infos=infos, history=trained_history(checkpoint, state)
-    )
+    history, contents = trained_history(checkpoint, state), carried_files(checkpoint) if carried is None else carried
+    write_canonical(folder, state["config"], tensors, infos=infos, history=history, contents=contents)

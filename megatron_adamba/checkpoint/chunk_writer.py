@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,17 @@ def rank_pieces(
 
 
 def write_training(
-    folder: Path, state: dict[str, Any], tensors: Iterable[tuple[ParamSpec, Tensor]], tp: int, dp: int
+    folder: Path,
+    state: dict[str, Any],
+    tensors: Iterable[tuple[ParamSpec, Tensor]],
+    tp: int,
+    dp: int,
+    carried: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write aside and rename: `weight/NAME` of every canonical tensor, cut for tp x dp ranks, a file for each.
 
-    state: JSON values. One tensor and one shard of it are in memory at a time. Raises StorageError where the disk is
-    full.
+    state: JSON values; carried: the tokenizer's files, by name. One tensor and one shard of it are in memory at a time.
+    Raises StorageError where the disk is full.
     """
     with written_aside(folder) as aside:
         files = [_SummedFile(aside / f"__{rank}_0.distcp") for rank in range(tp * dp)]
@@ -114,11 +119,10 @@ def write_training(
         for file in files:
             file.sync()
         marks = {file.path.name: file.fingerprint for file in files}
-        for name, values, indent in (
-            (METADATA_FILE, metadata_to_dict(Metadata(entries), places), None),
-            (STATE_FILE, state, 1),
-        ):
-            content = json.dumps(values, indent=indent).encode()
+        contents = dict(carried or {})
+        contents[METADATA_FILE] = json.dumps(metadata_to_dict(Metadata(entries), places)).encode()
+        contents[STATE_FILE] = json.dumps(state, indent=1).encode()
+        for name, content in contents.items():
             write_atomically(aside / name, content)
             marks[name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
         write_atomically(aside / FILES_FILE, json.dumps(marks, indent=1).encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_adamba.checkpoint.canonical import (
     read_index,
     read_tensor,
 )
+from megatron_adamba.checkpoint.carried import carried_files
 from megatron_adamba.checkpoint.chunk_writer import write_training
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE
 from megatron_adamba.checkpoint.history import read_history
@@ -182,10 +183,12 @@ def check_weights(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[ParamS
     return model, specs
 
 
-def to_canonical(source: OpenCheckpoint, target: Path, extra_files: Iterable[Path] = ()) -> None:
-    """The weights of a training checkpoint as a canonical one. Raises CheckpointError naming what is damaged."""
+def to_canonical(source: OpenCheckpoint, target: Path, carried: Mapping[str, bytes] | None = None) -> None:
+    """The weights of a training checkpoint as a canonical one; carried: as in `canonical_from_training`.
+
+    Raises CheckpointError naming what is damaged."""
     check_weights(source)
-    canonical_from_training(source.folder, target, extra_files)
+    canonical_from_training(source.folder, target, carried)
 
 
 def to_training(source: OpenCheckpoint, target: Path, tp: int, dp: int) -> None:
@@ -207,4 +210,4 @@ def to_training(source: OpenCheckpoint, target: Path, tp: int, dp: int) -> None:
     state = {"counters": START, "config": source.config, "layout": {"tp": tp, "dp": dp}}
     state["history"] = read_history(source.folder)
     tensors = ((spec, source.read(WEIGHT_PREFIX + spec.name).to(torch.float32)) for spec in specs)
-    write_training(target, state, tensors, tp, dp)
+    write_training(target, state, tensors, tp, dp, carried_files(source.folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,12 +47,14 @@ def save_training_checkpoint(
     state: dict[str, Any],
     keep_last: int,
     group: dist.ProcessGroup | None = None,
+    carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Called by every rank with its own fragments; returns the finished folder.
 
     state: JSON values, the same on all ranks, with `run_id` in its config; group: of all ranks, to meet in; None is the
     world's. This run's older checkpoints beyond `keep_last` go, after `latest` names the new one; what any other run
-    wrote stays. Raises StorageError where the disk is full; what was there before is untouched.
+    wrote stays. carried: the tokenizer's files, by name. Raises StorageError where the disk is full; what was there
+    before is untouched.
     """
     rank = dist.get_rank()
     final = root / checkpoint_name(step)
@@ -68,7 +70,7 @@ def save_training_checkpoint(
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own, group=group)
     files = {name: mark for part in everyone for name, mark in part.items()}
-    together(lambda: _publish(root, aside, final, files, state, keep_last) if rank == 0 else None, group)
+    together(lambda: _publish(root, aside, final, files, state, keep_last, carried or {}) if rank == 0 else None, group)
     return final
 
 
@@ -105,10 +107,18 @@ def from_first_rank(action: Callable[[], T]) -> T:
 
 
 def _publish(
-    root: Path, aside: Path, final: Path, files: dict[str, Any], state: dict[str, Any], keep_last: int
+    root: Path,
+    aside: Path,
+    final: Path,
+    files: dict[str, Any],
+    state: dict[str, Any],
+    keep_last: int,
+    carried: Mapping[str, bytes],
 ) -> None:
+    for name, content in carried.items():
+        write_atomically(aside / name, content)
     write_atomically(aside / STATE_FILE, json.dumps(state, indent=1).encode())
-    for name in (METADATA_FILE, STATE_FILE):
+    for name in (METADATA_FILE, STATE_FILE, *carried):
         files[name] = _fingerprint(aside / name)
     write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
     sync_directory(aside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from megatron_adamba.config.sections import (
 )
 from megatron_adamba.errors import ConfigError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")
 """names under which a checkpoint carries its tokenizer, where config.json names no other"""
+TOKENIZER_NOTE = ".meta.json"
+"""behind the name of a tokenizer file: what lies beside it and says what the file itself cannot"""
 
 
 @dataclass
@@ -95,5 +98,6 @@ def find_tokenizer(folder: Path) -> str | None:
     values = read_run_config(folder)
     data = values.get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
-    names = [*([Path(named).name] if isinstance(named, str) else []), *TOKENIZER_FILES]
-    return next((str(folder / name) for name in names if (folder / name).is_file()), named)
+    named = named if isinstance(named, str) else None
+    names = [*([] if named is None else [Path(named.removeprefix("tiktoken:")).name]), *TOKENIZER_FILES]
+    return next((str(folder / name) for name in names if os.path.isfile(folder / name)), named)

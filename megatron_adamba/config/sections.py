@@ -116,7 +116,11 @@ class DataConfig:
     validation: list[str | float] = field(default_factory=list)
     """dataset prefix for evaluation; one"""
     tokenizer: str | None = None
-    """bytes | FILE.model (sentencepiece) | tokenizer.json | tiktoken:NAME"""
+    """bytes | FILE.model (sentencepiece) | tokenizer.json | FILE.tiktoken | tiktoken:NAME | a folder of one of these"""
+    eod_token: str | None = None
+    """end-of-document token by name; null takes the usual one"""
+    split_pattern: str | None = None
+    """of a FILE.tiktoken: encoding that it was made with, or regular expression; null takes what its name says"""
     prompt_end: str | None = None
     """text of the token that ends a document's prompt, at its first place in each; null: documents have no prompt"""
     allow_new_order: bool = False

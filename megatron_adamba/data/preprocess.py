@@ -40,6 +40,7 @@ class PreprocessOptions:
     output: str
     tokenizer: str
     eod_token: str | None = None
+    split_pattern: str | None = None
     split: bool = False
     validation_fraction: float = 0.05
     json_key: str = "text"
@@ -88,7 +89,7 @@ def preprocess(
         OSError: the disk.
     """
     options.check()
-    tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
+    tokenizer = _tokenizer(options)
     prefixes = [options.output]
     if options.split:
         prefixes = [str(Path(options.output, name)) for name in ("train", "validation")]
@@ -106,6 +107,10 @@ def preprocess(
         for builder in builders:
             builder.finalize(metas[builder.prefix])
     return metas, skipped
+
+
+def _tokenizer(options: PreprocessOptions) -> Tokenizer:
+    return load_tokenizer(options.tokenizer, options.eod_token, options.split_pattern, network=True)
 
 
 def _chunks(options: PreprocessOptions, skipped: Counter[str]) -> Iterator[Chunk]:
@@ -201,9 +206,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._chunks: Any = context.Queue()
         self._results: Any = context.Queue()
-        self._process = context.Process(
-            target=_work, args=(options.tokenizer, options.eod_token, self._chunks, self._results), daemon=True
-        )
+        self._process = context.Process(target=_work, args=(options, self._chunks, self._results), daemon=True)
         self._process.start()
 
     def send(self, chunk: Chunk) -> None:
@@ -234,9 +237,9 @@ class _Worker:
             channel.close()
 
 
-def _work(spec: str, eod_token: str | None, chunks: Any, results: Any) -> None:
+def _work(options: PreprocessOptions, chunks: Any, results: Any) -> None:
     try:
-        tokenizer = load_tokenizer(spec, eod_token)
+        tokenizer = _tokenizer(options)
         while True:
             results.put(_encode_chunk(tokenizer, chunks.get()))
     except AdambaError as error:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_adamba.config.root import TOKENIZER_NOTE
+from megatron_adamba.data.tokenizer_options import (
+    LARGEST_FILE,
+    MOST_IDS,
+    PROBE,
+    TOOL_FLAGS,
+    TokenizerFlags,
+    TokenizerNote,
+    clean_text,
+    library_failures,
+)
 from megatron_adamba.errors import TokenizerError
+from megatron_adamba.schema import read_regular
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+CARRIED_NAME = "tokenizer.model"
 SPACE_MARK = "\u2581"
 """What sentencepiece writes for a space inside its pieces."""
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_FOUND_IN_TEXT = (_NORMAL, _USER_DEFINED)
+"""types of pieces, as `sentencepiece_model.proto` numbers them"""
 
 
 class SentencePieceTokenizer:
@@ -23,34 +41,50 @@ class SentencePieceTokenizer:
         self._processor = processor
         self.name = name
         self.eod_id = eod_id
-        self.vocab_size = processor.get_piece_size()
-        self.hash = hashlib.sha256(content).hexdigest()
+        self.vocab_size: int = processor.get_piece_size()
+        self._content = content
+        self._chosen = processor.id_to_piece(eod_id) if eod_id != _find_eod(processor, None) else None
+        # another end of document makes it another tokenizer
+        mark = b"" if self._chosen is None else b"\0eod %d" % eod_id
+        self.hash = hashlib.sha256(content + mark).hexdigest()
         self._mark_ids = _space_mark_ids(processor)
 
     @classmethod
-    def load(cls, path: Path, eod_token: str | None = None) -> SentencePieceTokenizer:
+    def load(
+        cls, path: Path, eod_token: str | None = None, flags: TokenizerFlags = TOOL_FLAGS
+    ) -> SentencePieceTokenizer:
         """Reads `path`. Raises TokenizerError: not a sentencepiece model, or without an end-of-document piece."""
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            content = path.read_bytes()
-            processor = SentencePieceProcessor(model_proto=content)
-            whole = bool(content)  # the constructor takes no bytes for no model, without a word
-        except (OSError, RuntimeError):
-            whole = False
-        if not whole:
-            raise TokenizerError(
-                f"--tokenizer {path}: not a sentencepiece model; make one with tools/train_tokenizer.py"
-            )
-        eod_id = _find_eod(processor, eod_token)
+        where = f"{flags.tokenizer} {path}"
+        content = read_regular(path, TokenizerError, f"give a file for {flags.tokenizer}", LARGEST_FILE)
+        eod_token = eod_token or TokenizerNote.beside(path).eod_token
+        with library_failures(
+            f"{where}: not a sentencepiece model ({{reason}}); make one with tools/train_tokenizer.py"
+        ):
+            model = _read_model(content)
+            processor = _processor(content)
+            eod_id = _find_eod(processor, eod_token)
         if eod_id is None:
             wanted = eod_token or "<eod>, an eos piece, <|endoftext|>"
             raise TokenizerError(
-                f"--tokenizer {path}: no end-of-document piece ({wanted}); name one of its pieces with --eod-token"
+                f"{where}: no end-of-document piece ({wanted}); name one of its pieces with {flags.eod_token}"
             )
-        return cls(processor, path.stem, eod_id, content)
+        with library_failures(f"{where}: cannot be used ({{reason}})"):
+            if model.pieces[eod_id].type in _FOUND_IN_TEXT:
+                # a piece of another type is found in text: a document that spells it would be cut in two there
+                model.pieces[eod_id].type = _CONTROL
+                processor = _processor(model.SerializeToString())
+            loaded = cls(processor, path.stem, eod_id, content)
+            loaded.decode(loaded.encode(PROBE))
+        return loaded
+
+    def carried(self) -> dict[str, bytes]:
+        files = {CARRIED_NAME: self._content}
+        if self._chosen is not None:
+            files[CARRIED_NAME + TOKENIZER_NOTE] = TokenizerNote(eod_token=self._chosen).content()
+        return files
 
     def encode(self, text: str) -> list[int]:
+        text = clean_text(text)
         if self._mark_ids is None or SPACE_MARK not in text:
             return self._processor.encode(text)
         # The library takes U+2581 in a text for a space; as bytes it survives.
@@ -70,6 +104,29 @@ class SentencePieceTokenizer:
             return self._processor.decode(kept)
         except (IndexError, OverflowError):
             raise TokenizerError(f"a token id is not in {self.name}: ids go from 0 to {self.vocab_size - 1}") from None
+
+
+def _read_model(content: bytes) -> ModelProto:
+    """The serialized model, once what the library takes without a look has been looked at. Raises ValueError."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError as error:
+        raise ValueError(error) from None
+    if not 0 < len(model.pieces) < MOST_IDS:
+        raise ValueError(f"{len(model.pieces)} pieces")
+    if not all(math.isfinite(piece.score) for piece in model.pieces):
+        raise ValueError("a score is not finite")
+    return model
+
+
+def _processor(content: bytes) -> SentencePieceProcessor:
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_proto=content)
 
 
 def _find_eod(processor: SentencePieceProcessor, eod_token: str | None) -> int | None:

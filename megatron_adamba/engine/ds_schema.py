@@ -198,7 +198,9 @@ def _whole_numbers(value: Any) -> Any:
 def _described(failure: ValidationError, values: dict[str, Any]) -> str:
     """Place, value, what is wrong, and what would do."""
     found = failure.errors(include_url=False)[0]
-    place = [str(part) for part in found["loc"] if isinstance(part, str) and not part.startswith(("literal", "function"))]
+    place = [
+        str(part) for part in found["loc"] if isinstance(part, str) and not part.startswith(("literal", "function"))
+    ]
     kept, value = [], values
     for part in place:
         # pydantic also names the member of a union that it tried
@@ -212,7 +214,9 @@ def _described(failure: ValidationError, values: dict[str, Any]) -> str:
         return f"{name}: DeepSpeed knows no such key; " + (f"did you mean {near}?" if near else "take it out")
     shown = json.dumps(value)[:60]
     if value == "auto":
-        return f'{name} "auto": nothing fills it in here; write the value, or leave the key out for DeepSpeed\'s default'
+        return (
+            f'{name} "auto": nothing fills it in here; write the value, or leave the key out for DeepSpeed\'s default'
+        )
     example = " (true or false, without quotes)" if found["type"].startswith("bool") else ""
     return f"{name} {shown}: {found['msg']}{example}; see ds_configs/zero1.json"
 

@@ -15,6 +15,7 @@ from megatron_adamba.config.root import find_tokenizer, read_model_config, read_
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.config.sections import GatesConfig, default_predictor
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_adamba.data.tokenizer_options import FOLDER_FLAGS
 from megatron_adamba.elastic.confidence import GateReading
 from megatron_adamba.elastic.sampler import earliest_exit
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
@@ -59,7 +60,7 @@ def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | N
         config = read_model_config(folder)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, config)
     model = AdambaModel(config, device="meta").to_empty(device="cpu")
     load_into(model, folder, elsewhere={spec.name for spec in gate_manifest(config)})
     model.to(device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
@@ -92,14 +93,18 @@ def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
         raise CheckpointError(f"{folder / 'config.json'}: the gates section is damaged ({error})") from None
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     found = find_tokenizer(folder)
     if found is None:
         raise TokenizerError(f"{folder}: holds no tokenizer, and its config.json names none; copy tokenizer.json there")
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(found, flags=FOLDER_FLAGS)
     wanted = read_run_config(folder).get("tokenizer_hash")
     if wanted is not None and tokenizer.hash != wanted:
         raise TokenizerError(
             f"{folder}: its tokenizer is not the one it was trained with ({wanted[:12]}); restore the file"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model {config.vocab_size}; restore it"
         )
     return tokenizer

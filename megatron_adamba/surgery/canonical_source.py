@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_adamba.checkpoint.offline import (
     open_checkpoint,
 )
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.root import TOKENIZER_FILES
+from megatron_adamba.config.root import TOKENIZER_FILES, TOKENIZER_NOTE
 from megatron_adamba.errors import CheckpointError, ConfigError
 
 
@@ -36,11 +37,12 @@ class CanonicalSource:
         return self.opened.infos[WEIGHT_PREFIX + name].dtype
 
     def tokenizer_files(self) -> list[Path]:
-        """Tokenizers that lie beside the weights, the one that config.json names among them."""
+        """Tokenizers that lie beside the weights, the one that config.json names among them, and notes beside these."""
         data = self.opened.config.get("data")
         named = data.get("tokenizer") if isinstance(data, dict) else None
         names = dict.fromkeys([*([Path(named).name] if isinstance(named, str) else []), *TOKENIZER_FILES])
-        return [path for name in names if name and (path := self.opened.folder / name).is_file()]
+        both = [name + suffix for name in names if name for suffix in ("", TOKENIZER_NOTE)]
+        return [path for name in both if os.path.isfile(path := self.opened.folder / name)]
 
 
 def open_canonical(folder: Path) -> CanonicalSource:

@@ -15,10 +15,10 @@ from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.data.tokenizer import load_tokenizer
-from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
 from megatron_adamba.surgery.gpt_oss_config import OPENAI, read_gpt_oss_config
+from megatron_adamba.surgery.importing import TokenizerChoice, as_choice, import_tokenizer
 from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES, dequantize
 from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_json
 from megatron_adamba.surgery.writing import Job, PlannedTensor
@@ -26,11 +26,13 @@ from megatron_adamba.surgery.writing import Job, PlannedTensor
 PROMISE = "the logits at full width are the source's; gains are new and one"
 
 
-def import_gpt_oss(source: Path, widths: Sequence[int] | None = None, tokenizer: Path | None = None) -> Job:
+def import_gpt_oss(
+    source: Path, widths: Sequence[int] | None = None, tokenizer: Path | TokenizerChoice | None = None
+) -> Job:
     """Check a GPT-OSS folder from headers alone and plan its canonical checkpoint.
 
     widths: of the nest; None takes 1/16, 1/4, 1/2 and all of the hidden size where these are whole numbers, else
-    all of it. tokenizer: file to copy; None takes the source's tokenizer.json where there is one.
+    all of it. tokenizer: file to take along; None takes the source's own where there is one.
     Raises CheckpointError, ConfigError (widths), TokenizerError.
     """
     config_path = source / "config.json"
@@ -39,12 +41,12 @@ def import_gpt_oss(source: Path, widths: Sequence[int] | None = None, tokenizer:
     config = _resolve(config, config_path, widths)
     plan = _Importer(tensors, LAYOUTS[layout_name], config).plan()
     values: dict[str, Any] = {"model": asdict(config)}
-    tokenizer_file = tokenizer or _own_tokenizer(source, layout_name)
-    if tokenizer_file is not None:
-        values |= _tokenizer_settings(tokenizer_file, config.vocab_size)
-    arguments = {"widths": config.widths, "tokenizer": tokenizer_file.name if tokenizer_file else None}
+    folders = _tokenizer_folders(source, layout_name)
+    found = import_tokenizer(folders, as_choice(tokenizer), config.vocab_size, "o200k_harmony")
+    values |= found.settings
+    arguments = {"widths": config.widths, "tokenizer": found.name}
     history = extended_history(source, "import gpt-oss", arguments, layout_name)
-    return Job(plan, values, history, PROMISE, [tokenizer_file] if tokenizer_file else [])
+    return Job(plan, values, history, PROMISE, contents=found.contents, note=found.note)
 
 
 def _resolve(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> ModelConfig:
@@ -62,20 +64,9 @@ def _resolve(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> M
         raise ConfigError(str(error).replace("--model.widths", "--widths")) from None
 
 
-def _own_tokenizer(source: Path, layout: str) -> Path | None:
-    """tokenizer.json of the source; a release keeps the one of its `original` folder beside that."""
-    folders = [source, source.parent] if layout == OPENAI and source.name == "original" else [source]
-    return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
-
-
-def _tokenizer_settings(path: Path, vocab_size: int) -> dict[str, Any]:
-    """What config.json says of a tokenizer that lies beside it."""
-    tokenizer = load_tokenizer(str(path))
-    if tokenizer.vocab_size > vocab_size:
-        raise TokenizerError(
-            f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, the model's vocabulary is {vocab_size}"
-        )
-    return {"data": {"tokenizer": path.name}, "tokenizer_hash": tokenizer.hash}
+def _tokenizer_folders(source: Path, layout: str) -> list[Path]:
+    """A release keeps the tokenizer of its `original` folder beside that."""
+    return [source, source.parent] if layout == OPENAI and source.name == "original" else [source]
 
 
 @dataclass

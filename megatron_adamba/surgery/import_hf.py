@@ -9,6 +9,7 @@ from typing import Any
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.import_gpt_oss import import_gpt_oss
 from megatron_adamba.surgery.import_nanochat import import_hugging_face_nanochat
+from megatron_adamba.surgery.importing import TokenizerChoice
 from megatron_adamba.surgery.sources import read_json
 from megatron_adamba.surgery.writing import Job
 
@@ -16,7 +17,9 @@ IMPORTS = {"NanoChatForCausalLM": import_hugging_face_nanochat, "GptOssForCausal
 MODEL_TYPES = {"nanochat": "NanoChatForCausalLM", "gpt_oss": "GptOssForCausalLM"}
 
 
-def import_hugging_face(source: Path, widths: Sequence[int] | None = None, tokenizer: Path | None = None) -> Job:
+def import_hugging_face(
+    source: Path, widths: Sequence[int] | None = None, tokenizer: Path | TokenizerChoice | None = None
+) -> Job:
     """Plan the canonical checkpoint of a transformers folder; arguments as in `import_gpt_oss`.
 
     Raises CheckpointError naming an architecture that is not read; ConfigError (widths), TokenizerError.

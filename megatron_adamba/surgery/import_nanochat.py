@@ -12,8 +12,17 @@ from typing import Any
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.data.rank_encodings import NANOCHAT
 from megatron_adamba.errors import CheckpointError, ConfigError
-from megatron_adamba.surgery.importing import Claims, Source, new_gain, own_tokenizer, tokenizer_settings, with_nest
+from megatron_adamba.surgery.importing import (
+    Claims,
+    Source,
+    TokenizerChoice,
+    as_choice,
+    import_tokenizer,
+    new_gain,
+    with_nest,
+)
 from megatron_adamba.surgery.nanochat import OWN, TRANSFORMERS, Layout
 from megatron_adamba.surgery.nanochat_config import CodeSettings, read_metadata, read_transformers_config
 from megatron_adamba.surgery.nanochat_extras import idle_extras
@@ -29,7 +38,7 @@ def import_nanochat(
     step: int | None = None,
     code: CodeSettings | None = None,
     widths: Sequence[int] | None = None,
-    tokenizer: Path | None = None,
+    tokenizer: Path | TokenizerChoice | None = None,
 ) -> Job:
     """Check a folder of model_NNNNNN.pt and meta_NNNNNN.json and plan its canonical checkpoint.
 
@@ -53,7 +62,7 @@ def import_nanochat(
 
 
 def import_hugging_face_nanochat(
-    source: Path, widths: Sequence[int] | None = None, tokenizer: Path | None = None
+    source: Path, widths: Sequence[int] | None = None, tokenizer: Path | TokenizerChoice | None = None
 ) -> Job:
     """Check a folder of transformers' NanoChatForCausalLM and plan its canonical checkpoint. Raises as above."""
     config_path = source / "config.json"
@@ -89,13 +98,13 @@ def _job(
     promise: str,
     arguments: dict[str, Any],
     layout: Layout,
-    tokenizer: Path | None,
+    tokenizer: Path | TokenizerChoice | None,
 ) -> Job:
-    tokenizer = tokenizer or own_tokenizer(source)
-    values = {"model": asdict(config), **tokenizer_settings(tokenizer, config.vocab_size)}
-    arguments |= {"widths": config.widths, "tokenizer": tokenizer.name if tokenizer else None}
+    found = import_tokenizer([source], as_choice(tokenizer), config.vocab_size, NANOCHAT)
+    values = {"model": asdict(config), **found.settings}
+    arguments |= {"widths": config.widths, "tokenizer": found.name}
     history = extended_history(source, operation, arguments, layout.title)
-    return Job(plan, values, history, promise, [tokenizer] if tokenizer else [])
+    return Job(plan, values, history, promise, contents=found.contents, note=found.note)
 
 
 def _plan(source: Source, claims: Claims, layout: Layout, config: ModelConfig) -> tuple[PlannedTensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.root import TOKENIZER_FILES
 from megatron_adamba.data.tokenizer import load_tokenizer
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.surgery.sources import DTYPE_NAMES, Entry
@@ -50,27 +51,74 @@ def with_nest(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> 
         raise ConfigError(str(error).replace("--model.widths", "--widths")) from None
 
 
-def tokenizer_settings(path: Path | None, vocab_size: int) -> dict[str, Any]:
-    """What config.json says of a tokenizer that lies beside it; nothing without one. Raises TokenizerError."""
+@dataclass(frozen=True)
+class ImportedTokenizer:
+    """What comes along with the weights."""
+
+    name: str | None
+    """of the file that it was read from; None where there is none"""
+    settings: dict[str, Any]
+    """what config.json says of it"""
+    contents: dict[str, bytes]
+    """files to write beside the weights"""
+    note: str = ""
+    """for people, where there is none"""
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """What the user says of the tokenizer; None: nothing."""
+
+    file: Path | None = None
+    eod_token: str | None = None
+    split_pattern: str | None = None
+
+
+def as_choice(given: Path | TokenizerChoice | None) -> TokenizerChoice:
+    return given if isinstance(given, TokenizerChoice) else TokenizerChoice(given)
+
+
+def import_tokenizer(
+    folders: Sequence[Path], choice: TokenizerChoice, vocab_size: int, usual_pattern: str
+) -> ImportedTokenizer:
+    """The tokenizer that was chosen, or else the first that lies in one of the source's folders.
+
+    usual_pattern: how the makers of such models split text, for a file of ranks that says nothing else. Raises
+    TokenizerError.
+    """
+    path = choice.file or own_tokenizer(folders)
     if path is None:
-        return {}
+        kept = next((folder / "tokenizer.pkl" for folder in folders if (folder / "tokenizer.pkl").is_file()), None)
+        why = f"{kept} is a pickle, which is not read" if kept else f"{folders[0]} has none"
+        note = f"no tokenizer came along ({why}): the model takes no text until one is there; give --tokenizer FILE"
+        return ImportedTokenizer(None, {}, {}, note)
     if path.suffix in _PICKLES:
         raise TokenizerError(
             f"--tokenizer {path}: is a pickle, which can run code when it is read; give its tokenizer.json, or its "
-            f"ranks as FILE.tiktoken"
+            f"ranks as FILE.tiktoken: a line is a byte string in base64, a space and its rank"
         )
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = load_tokenizer(
+        str(path), choice.eod_token, choice.split_pattern, usual_pattern=usual_pattern, network=choice.file is not None
+    )
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, the model's vocabulary is {vocab_size}"
         )
-    return {"data": {"tokenizer": path.name}, "tokenizer_hash": tokenizer.hash}
+    contents = tokenizer.carried()
+    settings = {"data": {"tokenizer": next(iter(contents), str(path))}, "tokenizer_hash": tokenizer.hash}
+    return ImportedTokenizer(path.name, settings, contents)
 
 
-def own_tokenizer(folder: Path) -> Path | None:
-    """tokenizer.json of the source, where there is one."""
-    path = folder / "tokenizer.json"
-    return path if path.is_file() else None
+def own_tokenizer(folders: Sequence[Path]) -> Path | None:
+    """The first tokenizer of the source's folders: a usual name, or the one file of ranks."""
+    for folder in folders:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                return folder / name
+        ranks = sorted(path for path in folder.glob("*.tiktoken") if path.is_file())
+        if len(ranks) == 1:
+            return ranks[0]
+    return None
 
 
 def new_gain(spec: ParamSpec) -> PlannedTensor:

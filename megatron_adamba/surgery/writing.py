@@ -47,6 +47,10 @@ class Job:
     """what the operation preserves, in a line"""
     files: list[Path] = field(default_factory=list)
     """copied in under their own names"""
+    contents: dict[str, bytes] = field(default_factory=dict)
+    """written beside them, by name"""
+    note: str = ""
+    """what the user should know besides, in a line"""
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
@@ -77,7 +81,9 @@ def write_job(job: Job, folder: Path, max_shard_bytes: int, report: Report) -> N
     """
     prepare_target(folder, job.num_bytes)
     with at_the_pace_of_the_disk():
-        write_canonical(folder, job.config, _made(job, report), job.files, max_shard_bytes, job.infos, job.history)
+        write_canonical(
+            folder, job.config, _made(job, report), job.files, max_shard_bytes, job.infos, job.history, job.contents
+        )
 
 
 @contextmanager

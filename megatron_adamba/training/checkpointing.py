@@ -149,14 +149,11 @@ def write_final_model(run: Run, checkpoint: Path) -> Path:
     """The run's canonical checkpoint, `RUN/model`, converted by rank 0 from what was just saved; a model there that
     another run or tool wrote is set aside."""
     folder = run.run_dir / "model"
-    tokenizer = Path(run.plan.config.data.tokenizer)
-    # the checkpoint reads on its own wherever it is moved to
-    files = [tokenizer] if tokenizer.is_file() else []
 
     def convert() -> None:
         if folder.exists() and run_id_of(folder) != run.run_id:
             set_aside([folder])
-        canonical_from_training(checkpoint, folder, files)
+        canonical_from_training(checkpoint, folder)
 
     from_first_rank(convert)
     return folder

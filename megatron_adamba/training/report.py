@@ -114,6 +114,7 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
         lines.append(f"weights    of {start}, where there is nothing to resume; optimizer state starts anew")
         change = describe_phase_change(run.plan.specs, read_run_config(start).get("train"), config.train)
         lines += [f"phase      {change}"] if change else []
+    lines += [f"tokenizer  {run.plan.tokenizer_note}"] if run.plan.tokenizer_note else []
     if grid.pp > 1:
         stages, passes = run.plan.stages, accumulation * run.sampler.passes
         held = " | ".join(row["blocks"] for row in summarize_stages(config.model, stages, config.train.seq_len))

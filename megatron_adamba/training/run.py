@@ -26,7 +26,7 @@ from megatron_adamba.config.sections import default_predictor
 from megatron_adamba.data.blend import build_dataset, open_dataset
 from megatron_adamba.data.order import data_order
 from megatron_adamba.data.packed import EvaluationBatches, evaluation_batches
-from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_adamba.data.tokenizer import Tokenizer
 from megatron_adamba.elastic.sampler import PlanSampler, earliest_exit
 from megatron_adamba.engine.ds_schema import check_ds_config
 from megatron_adamba.engine.experts import moe_layer_for
@@ -42,6 +42,7 @@ from megatron_adamba.parallel.topology import RankGrid, Topology, build_topology
 from megatron_adamba.training.freeze import freeze_groups
 from megatron_adamba.training.gate_setup import GateSetup, gates_train
 from megatron_adamba.training.gates import GateTrainer
+from megatron_adamba.training.run_tokenizer import run_tokenizer
 from megatron_adamba.training.start import check_start, find_resume, load_start
 
 
@@ -59,6 +60,8 @@ class RunPlan:
     bf16: bool
     stages: StagePlan
     """of one chunk where there is no pipeline"""
+    tokenizer_note: str = ""
+    """where the tokenizer is not the file that was named"""
 
 
 @dataclass
@@ -105,7 +108,8 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
     grid = RankGrid(world_size, config.parallel.tp, config.parallel.pp, config.parallel.ep)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    named_by_user = parsed.sources.get("data.tokenizer") != config.checkpoint.init_from
+    tokenizer, note = run_tokenizer(config, named_by_user)
     if config.checkpoint.init_from is not None:
         check_start(config.checkpoint.init_from, tokenizer)
     config = replace(config, model=resolve_model(config.model, tokenizer.vocab_size))
@@ -122,7 +126,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     stages = plan_stages(config.model, config.parallel, config.train.seq_len, pattern)
     config = replace(config, parallel=replace(config.parallel, stage_bounds=list(stages.bounds)))
     ds_config = complete_ds_config(raw, config, grid.dp, parsed.deepspeed_config or "the built-in ds_config")
-    return RunPlan(config, ds_config, manifest(config.model), tokenizer, grid, stage, bf16, stages)
+    return RunPlan(config, ds_config, manifest(config.model), tokenizer, grid, stage, bf16, stages, note)
 
 
 def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:

@@ -33,6 +33,7 @@ from megatron_adamba.training.nonfinite import first_bad_tensor, way_on
 from megatron_adamba.training.peak import matmul_rate
 from megatron_adamba.training.progress import ProgressView
 from megatron_adamba.training.run import Run
+from megatron_adamba.training.run_tokenizer import saving_with_tokenizer
 from megatron_adamba.training.schedule import learning_rate_factor
 from megatron_adamba.training.signals import StopRequest
 from megatron_adamba.training.start import checkpoint_root
@@ -68,7 +69,7 @@ class Trainer:
         self.last_batch: MicroBatch = {}
         self.loads: dict[int, Tensor] = {}
         self.write_failure: Exception | None = None
-        self.saver = BackgroundSaver(saving_group())
+        self.saver = BackgroundSaver(saving_group(), saving_with_tokenizer(run.plan.tokenizer))
         self.saved: tuple[int, Path] | None = None
         """step and folder of the last checkpoint"""
         self.stop = StopRequest(self._save, JobBoard(), self._say, leave)

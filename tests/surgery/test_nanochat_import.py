@@ -27,10 +27,12 @@ from megatron_adamba.config.root import read_model_config
 from megatron_adamba.elastic.plan import uniform_plan
 from megatron_adamba.inference.load import load_model
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.surgery.export_nanochat import export_nanochat
 from megatron_adamba.surgery.import_gpt_oss import import_gpt_oss
 from megatron_adamba.surgery.import_hf import import_hugging_face
 from megatron_adamba.surgery.import_nanochat import import_nanochat
 from megatron_adamba.surgery.nanochat_config import CodeSettings
+from megatron_adamba.surgery.nanochat_writing import write_nanochat
 from megatron_adamba.surgery.torch_file import TorchFile
 from megatron_adamba.surgery.writing import write_job
 
@@ -266,6 +268,31 @@ def test_a_file_of_ranks_as_tokenizer(tmp_path):
     file.write_text("".join(f"{base64.b64encode(bytes([n])).decode()} {n}\n" for n in range(256)))
     folder = imported(source, tmp_path / "model", tokenizer=file)
     assert load_model(folder, "fp32").tokenizer.encode("ab") == [97, 98]
+
+
+def test_ranks_of_any_name_are_split_as_nanochat_splits(tmp_path):
+    """And stay so on the way out and in again."""
+    import base64
+
+    pieces = [bytes([value]) for value in range(256)] + [b"20", b"202", b"2024"]
+    lines = "".join(f"{base64.b64encode(piece).decode()} {rank}\n" for rank, piece in enumerate(pieces))
+    _, source = save_random(tmp_path / "source", vocab_size=300)
+    (tmp_path / "ranks.tiktoken").write_text(lines)
+    folder = imported(source, tmp_path / "model", tokenizer=tmp_path / "ranks.tiktoken")
+    tokenizer = load_model(folder, "fp32").tokenizer
+    assert tokenizer.encode("2024") == [256, 50, 52] and tokenizer.eod_id == 259
+    (source / "mine.tiktoken").write_text(lines)
+    assert load_model(imported(source, tmp_path / "own"), "fp32").tokenizer.hash == tokenizer.hash
+    write_nanochat(export_nanochat(folder), tmp_path / "out", lambda *_: None)
+    again = load_model(imported(tmp_path / "out", tmp_path / "again"), "fp32").tokenizer
+    assert (again.hash, again.vocab_size) == (tokenizer.hash, 268)
+
+
+def test_a_source_without_a_tokenizer_says_so(tmp_path):
+    _, source = save_random(tmp_path / "source")
+    assert f"{source} has none" in import_nanochat(source).note
+    (source / "tokenizer.pkl").write_bytes(b"")
+    assert "tokenizer.pkl is a pickle" in import_nanochat(source).note
 
 
 def test_two_imports_are_the_same_bytes(tmp_path):

@@ -67,6 +67,8 @@ def _carry_out(args: argparse.Namespace, plan: Callable[[argparse.Namespace], Jo
     made = "would hold" if args.dry_run else "holds"
     size = f"{len(job.tensors)} tensors, {job.num_bytes / 1e9:.3f} GB, in {job.num_shards(max_shard_bytes)} files"
     print(f"{args.target} {made} {size}; {job.promise}")
+    if job.note:
+        print(job.note)
     return 0
 
 

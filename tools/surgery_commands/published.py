@@ -45,7 +45,12 @@ def add(commands) -> None:
 
 def _add_nest(command: argparse.ArgumentParser) -> None:
     command.add_argument("--widths", help="of the nest, e.g. 180,720,1440,2880 (1/16, 1/4, 1/2 and all by default)")
-    command.add_argument("--tokenizer", metavar="FILE", type=Path, help="to copy; SRC/tokenizer.json by default")
+    command.add_argument("--tokenizer", metavar="FILE", type=Path, help="to take along; the one in SRC by default")
+    command.add_argument(
+        "--eod-token", metavar="NAME", help="end-of-document token, if it is not one of the usual ones"
+    )
+    text = "of a .tiktoken file: encoding that it was made with, or regular expression; the model's makers' by default"
+    command.add_argument("--split-pattern", metavar="NAME", help=text)
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
@@ -53,9 +58,11 @@ def _add_dtype(command: argparse.ArgumentParser) -> None:
 
 
 def _nest(args: argparse.Namespace) -> dict:
+    from megatron_adamba.surgery.importing import TokenizerChoice
+
     return {
         "widths": parse_whole_numbers("--widths", args.widths, "180,720,1440,2880"),
-        "tokenizer": args.tokenizer,
+        "tokenizer": TokenizerChoice(args.tokenizer, args.eod_token, args.split_pattern),
     }
 
 

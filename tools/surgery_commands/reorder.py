@@ -27,6 +27,7 @@ def _plan(args: argparse.Namespace):
     from megatron_adamba.data.blend import open_dataset
     from megatron_adamba.data.packed import evaluation_batches
     from megatron_adamba.data.tokenizer import load_tokenizer
+    from megatron_adamba.data.tokenizer_options import FOLDER_FLAGS
     from megatron_adamba.errors import ConfigError, TokenizerError
     from megatron_adamba.surgery.calibration import Calibration
     from megatron_adamba.surgery.reorder import reorder, shuffle
@@ -43,7 +44,7 @@ def _plan(args: argparse.Namespace):
     found = find_tokenizer(args.source)
     if found is None:
         raise TokenizerError(f"{args.source}: holds no tokenizer, and its config.json names none; copy it there")
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(found, flags=FOLDER_FLAGS)
     indexed = open_dataset(args.data, tokenizer, "--data")
     batches = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id)
     calibration = Calibration(batches, args.tokens)
