@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED, leave
+from megatron_adamba.engine.environment import first_rank
 from megatron_adamba.errors import AdambaError
 from megatron_adamba.files import as_storage_error
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    first = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == 0
+    first = first_rank()
     try:
         parsed = parse_arguments(argv)
         return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)

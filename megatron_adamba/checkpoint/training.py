@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_adamba import errors
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata
+from megatron_adamba.checkpoint.formats import Files, StoredState
 from megatron_adamba.checkpoint.keeping import (
     FILES_FILE,
     LATEST,
@@ -35,9 +36,11 @@ from megatron_adamba.checkpoint.rectangles import Fragment
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import AdambaError, CheckpointError
 from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
+from megatron_adamba.schema import read_json
 
 T = TypeVar("T")
 _BLOCK = 1 << 20
+_EARLIER = "use an earlier checkpoint"
 
 
 def save_training_checkpoint(
@@ -143,10 +146,6 @@ def _fingerprint(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": checksum}
 
 
-def _is_fingerprint(mark: Any) -> bool:
-    return isinstance(mark, dict) and {"bytes", "crc32"} <= set(mark)
-
-
 def latest_checkpoint(root: Path) -> Path | None:
     """The checkpoint that `latest` names; the newest complete one where that name is missing or has no folder, as after
     a kill between two renames; None where the run never saved.
@@ -178,8 +177,8 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Compare sizes and checksums with `files.json`, this rank's share of them. CheckpointError names the file."""
-    listed = _read_json(folder / FILES_FILE)
-    if not {METADATA_FILE, STATE_FILE} <= set(listed) or not all(_is_fingerprint(mark) for mark in listed.values()):
+    listed = read_files(folder)
+    if not {METADATA_FILE, STATE_FILE} <= set(listed):
         raise CheckpointError(f"{folder / FILES_FILE}: damaged (not a list of files); use an earlier checkpoint")
     places = read_metadata(folder).storage_data.values()
     if unlisted := sorted({place.relative_path for place in places} - set(listed)):
@@ -197,21 +196,14 @@ def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
             raise CheckpointError(f"{path}: damaged (checksum differs); use an earlier checkpoint")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_files(folder: Path) -> Files:
+    """Every other file of a training checkpoint, with size and checksum."""
+    return read_json(folder / FILES_FILE, Files, CheckpointError, _EARLIER)
+
+
+def read_state(folder: Path) -> StoredState:
     """The JSON part: step, samples, config."""
-    return _read_json(folder / STATE_FILE)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); use an earlier checkpoint") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: damaged (not a JSON object); use an earlier checkpoint")
-    return values
+    return read_json(folder / STATE_FILE, StoredState, CheckpointError, _EARLIER)
 
 
 def load_fragments(folder: Path, fragments: dict[str, Fragment], alone: bool = False) -> list[str]:

@@ -1,7 +1,8 @@
 """A ds_config held against what DeepSpeed itself knows of it, before anything starts.
 
-DeepSpeed leaves unknown sections unread, drops "auto" and takes "true" for true; a run would then do something else than
-its file says. Here types are strict, names have to be known, and what DeepSpeed has removed is refused in its own words.
+DeepSpeed leaves unknown sections unread, drops "auto" and takes "true" for true; a run would then do something else
+than its file says. Here types are strict, names have to be known, and what DeepSpeed has removed is refused in its own
+words.
 """
 
 from __future__ import annotations
@@ -198,11 +199,8 @@ def _whole_numbers(value: Any) -> Any:
 def _described(failure: ValidationError, values: dict[str, Any]) -> str:
     """Place, value, what is wrong, and what would do."""
     found = failure.errors(include_url=False)[0]
-    place = [
-        str(part) for part in found["loc"] if isinstance(part, str) and not part.startswith(("literal", "function"))
-    ]
     kept, value = [], values
-    for part in place:
+    for part in found["loc"]:
         # pydantic also names the member of a union that it tried
         if not isinstance(value, dict) or part not in value:
             continue

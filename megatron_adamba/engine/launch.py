@@ -9,14 +9,14 @@ import gc
 import importlib
 import logging
 import os
-import socket
 import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_adamba.errors import ConfigError
+from megatron_adamba.engine.environment import complete_environment
+from megatron_adamba.engine.environment import first_host as first_host
 from megatron_adamba.ops.host_memory import keep_freed_pages
 
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -38,7 +38,7 @@ def start_distributed() -> RankInfo:
 
     Raises ConfigError where the launcher's variables contradict each other.
     """
-    _complete_environment()
+    complete_environment()
     cuda = torch.cuda.is_available()
     if not cuda:
         keep_freed_pages()
@@ -118,40 +118,5 @@ def stop_distributed() -> None:
 
 def world_size_from_environment() -> int:
     """Ranks that the launcher started, before anything is set up."""
-    _complete_environment()
+    complete_environment()
     return int(os.environ["WORLD_SIZE"])
-
-
-def _complete_environment() -> None:
-    """Fill RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        env.setdefault("LOCAL_RANK", env["RANK"])
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-        if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "127.0.0.1"))
-    else:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", "29500")
-    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
-        raise ConfigError(f"RANK {env['RANK']}: must be below WORLD_SIZE {env['WORLD_SIZE']}; start through a launcher")
-
-
-def first_host(node_list: str) -> str:
-    """First name of a SLURM node list: `node[03-07,12]` gives node03."""
-    head, bracket, rest = node_list.partition("[")
-    if not bracket:
-        return node_list.split(",")[0]
-    if "," in head:
-        return head.split(",")[0]
-    return head + rest.rstrip("]").split(",")[0].split("-")[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -60,7 +60,7 @@ class MicroStep:
     taps: TapRequest | None = None
     """states to keep; over a pipeline all passes of a step ask for the same"""
     share: Tensor | None = None
-    """scalar on the device: the micro-batch's scored tokens over the mean of all micro-batches of the step; None is 1"""
+    """scalar on the device: the micro-batch's scored tokens over the mean of the step's micro-batches; None is 1"""
 
 
 @dataclass(frozen=True)

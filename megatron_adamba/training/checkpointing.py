@@ -94,15 +94,13 @@ def _load(run: Run, folder: Path, state: dict[str, Any], counters: dict[str, Any
         if run.session.any_rank([not carried])[0]:
             counters["gate_steps"] = 0
     lines = [change] if change else []
-    steps = counters["optimizer_steps"]
-    if report.reset and steps:
-        lines.append(
-            f"optimizer state begins anew for {counted(run.plan.specs, report.reset)}, {report.reset[0]} first: the "
-            f"checkpoint holds none of it, or another optimizer's; they count steps from 0 on, the rest from {steps}"
-        )
-    dropped = [name for name in report.dropped if name.partition("/")[2] not in gates | set(report.reset)]
-    if dropped:
-        lines.append(f"optimizer state dropped: {len(dropped)} tensors, {dropped[0]} first")
+    dropped = [name for name in report.dropped if name.partition("/")[2] not in gates]
+    if change or report.reset or dropped:
+        said = lambda names: f"{counted(run.plan.specs, names)}, {names[0]} first"
+        lines += [f"optimizer state kept: {said(report.kept)}"] if report.kept else []
+        why = f"none in the checkpoint, or another optimizer's; steps count from 0, not {counters['optimizer_steps']}"
+        lines += [f"optimizer state reset: {said(report.reset)} ({why})"] if report.reset else []
+        lines += [f"optimizer state dropped: {len(dropped)} tensors, {dropped[0]} first"] if dropped else []
     return lines
 
 

@@ -51,12 +51,12 @@ class GateTrainer:
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), lr=setup.gates.lr, weight_decay=0.0)
         self.reading = GateReading.of(setup.gates)
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str, verify: bool = True) -> None:
         """The gates of a canonical checkpoint, where it has some. Raises CheckpointError."""
         names = {spec.name for spec in gate_manifest(self.setup.model)}
         held = set(read_index(Path(folder)))
         if names & held:
-            load_into(self.gates, Path(folder), elsewhere=held - names)
+            load_into(self.gates, Path(folder), elsewhere=held - names, verify=verify)
 
     @property
     def writes(self) -> bool:

@@ -145,7 +145,7 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     )
     history, resume_from = [], from_first_rank(lambda: find_resume(config))
     if config.checkpoint.init_from is not None and not resume_from:
-        history = load_start(model, config.checkpoint.init_from)
+        history = load_start(model, config.checkpoint.init_from, config.checkpoint.verify)
     else:
         model.initialize(config.train.seed)
     frozen = freeze_groups(model, plan.specs, config.train.freeze, config.train.phase)
@@ -158,7 +158,7 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     if setup is not None and topology.place("pp") == plan.stages.loss_rank:
         gates = GateTrainer(setup, topology, rank_info.device)
         if config.checkpoint.init_from is not None:
-            gates.load(config.checkpoint.init_from)
+            gates.load(config.checkpoint.init_from, config.checkpoint.verify)
     order = from_first_rank(lambda: data_order(dataset))
     return Run(plan, session, dataset, sampler, validation, frozen, history, setup, gates, resume_from, order)
 

@@ -80,17 +80,17 @@ def check_start(folder: str, tokenizer: Tokenizer) -> None:
         raise TokenizerError(f"{FLAG} {folder}: was trained with another tokenizer; leave --data.tokenizer out")
 
 
-def load_start(model: AdambaModel, folder: str) -> list[dict[str, Any]]:
+def load_start(model: AdambaModel, folder: str, verify: bool = True) -> list[dict[str, Any]]:
     """Fill every parameter with this rank's share of the checkpoint's tensors; all ranks fail where one does.
 
-    Returns the checkpoint's history.
+    verify: hold tensors against their checksums. Returns the checkpoint's history.
 
     Raises CheckpointError where files are damaged, ConfigError where the checkpoint holds another model.
     """
-    return together(lambda: _load(model, Path(folder)))
+    return together(lambda: _load(model, Path(folder), verify))
 
 
-def _load(model: AdambaModel, folder: Path) -> list[dict[str, Any]]:
+def _load(model: AdambaModel, folder: Path, verify: bool) -> list[dict[str, Any]]:
     opened, config = open_checkpoint(folder), model.config
     if not opened.config.get("model", {}).get("gate_size"):
         # gates that the checkpoint does not have begin with this run
@@ -105,5 +105,6 @@ def _load(model: AdambaModel, folder: Path) -> list[dict[str, Any]]:
                 f"--model settings out that differ from {folder / 'config.json'}"
             )
     here = {spec.name for spec in model.specs}
-    load_into(model, folder, lambda name, whole: model.share(specs[name], whole), elsewhere=specs.keys() - here)
+    share = lambda name, whole: model.share(specs[name], whole)
+    load_into(model, folder, share, elsewhere=specs.keys() - here, verify=verify)
     return read_history(folder)
