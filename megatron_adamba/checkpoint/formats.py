@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from megatron_adamba.config.root import StoredConfig
-from megatron_adamba.schema import Count, JsonObject
+from megatron_adamba.schema import Count, FileName, JsonObject, TensorName
 
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -20,16 +20,16 @@ class Fingerprint(TypedDict):
     crc32: Crc32
 
 
-Files = dict[str, Fingerprint]
+Files = dict[FileName, Fingerprint]
 """files.json of a training checkpoint: every other file by name"""
 
 
 class Counters(TypedDict, total=False):
     """How far a run has come."""
 
-    step: Required[Count]
-    consumed_samples: Required[Count]
-    optimizer_steps: Required[Count]
+    step: Count
+    consumed_samples: Count
+    optimizer_steps: Count
     skipped: Count
     skipped_in_a_row: Count
     gate_steps: Count
@@ -43,7 +43,7 @@ class StoredState(TypedDict, total=False):
     counters: Counters
     config: StoredConfig
     history: list[JsonObject]
-    optimizer_starts: dict[str, Count]
+    optimizer_starts: dict[TensorName, Count]
     data_order: JsonObject
     layout: JsonObject
 
@@ -52,14 +52,14 @@ class Index(TypedDict, total=False):
     """model.safetensors.index.json of a canonical checkpoint: tensor -> shard."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
-    weight_map: Required[dict[str, str]]
+    weight_map: Required[dict[TensorName, FileName]]
     metadata: Any
 
 
 class Checksums(TypedDict):
     """checksums.json of a canonical checkpoint, by tensor."""
 
-    crc32: dict[str, Crc32]
+    crc32: dict[TensorName, Crc32]
 
 
 class StoredChunk(TypedDict):
@@ -67,7 +67,7 @@ class StoredChunk(TypedDict):
 
     offset: list[Count]
     size: list[Count]
-    file: str
+    file: FileName
     start: Count
     length: Count
 
@@ -84,4 +84,4 @@ class StoredMetadata(TypedDict):
     """metadata.json of a training checkpoint."""
 
     format: int
-    tensors: dict[str, StoredTensor]
+    tensors: dict[TensorName, StoredTensor]

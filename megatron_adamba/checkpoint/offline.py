@@ -32,9 +32,8 @@ from megatron_adamba.checkpoint.shards import DTYPE_CODES, TensorInfo
 from megatron_adamba.checkpoint.training import FILES_FILE, LATEST, STATE_FILE, latest_checkpoint, read_state
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.root import StoredConfig, model_config_from_dict
+from megatron_adamba.config.root import StoredConfig, model_config_from_dict, read_run_config
 from megatron_adamba.errors import CheckpointError, ConfigError
-from megatron_adamba.schema import read_json
 
 TRAINING, CANONICAL = "training", "canonical"
 START = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0}
@@ -141,9 +140,11 @@ def _shard_infos(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    advice = "the checkpoint is not complete, or the file damaged"
-    return read_json(folder / CONFIG_FILE, StoredConfig, CheckpointError, advice)
+def _read_config(folder: Path) -> StoredConfig:
+    try:
+        return read_run_config(folder)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def described_model(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[ParamSpec, ...]]:
@@ -151,6 +152,8 @@ def described_model(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[Para
     source = str(checkpoint.folder / (STATE_FILE if checkpoint.kind == TRAINING else CONFIG_FILE))
     try:
         model = resolve_model(model_config_from_dict(checkpoint.config["model"], source))
+        if model.vocab_size is None:
+            raise ConfigError("the model section has no vocab_size; restore the file")
         return model, stored_manifest(model)
     except ConfigError as error:
         raise CheckpointError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None

@@ -54,7 +54,7 @@ def save_training_checkpoint(
 ) -> Path:
     """Called by every rank with its own fragments; returns the finished folder.
 
-    state: JSON values, the same on all ranks, with `run_id` in its config; group: of all ranks, to meet in; None is the
+    state: JSON values, the same on all ranks, the `run_id` in its config; group: of all ranks, to meet in; None is the
     world's. This run's older checkpoints beyond `keep_last` go, after `latest` names the new one; what any other run
     wrote stays. carried: the tokenizer's files, by name. Raises StorageError where the disk is full; what was there
     before is untouched.
@@ -125,7 +125,7 @@ def _publish(
         files[name] = _fingerprint(aside / name)
     write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
     sync_directory(aside)
-    run_id = state["config"].get("run_id")
+    run_id = state.get("config", {}).get("run_id")
     put_in_place(aside, final, run_id)
     write_atomically(root / LATEST, final.name.encode())
     prune(root, final, keep_last, run_id)
@@ -186,8 +186,8 @@ def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     rank, ranks = share
     for name in sorted(listed)[rank::ranks]:
         path = folder / name
-        if Path(name).name != name or not path.exists():
-            raise CheckpointError(f"{path}: missing; use an earlier checkpoint")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, or no file; use an earlier checkpoint")
         if path.stat().st_size != listed[name]["bytes"]:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size} bytes of {listed[name]['bytes']}; use an earlier checkpoint"

@@ -34,7 +34,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     """The user's file, or the default. Raises ConfigError when it is missing or not a JSON object."""
     if path is None:
         return default_ds_config()
-    content = read_regular(Path(path), ConfigError, "try ds_configs/zero1.json")
+    content = read_regular(Path(path), ConfigError, "try ds_configs/zero1.json", flag="--deepspeed_config")
     try:
         values = json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

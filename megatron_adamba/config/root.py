@@ -84,7 +84,7 @@ def model_config_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
         raise ConfigError(
             f"{source}: unknown model setting {unknown[0]}; this version knows {', '.join(sorted(known))}"
         )
-    config = check_value(values, ModelConfig, source, ConfigError, "the model section is damaged: restore the file")
+    config = check_value(values, ModelConfig, source, ConfigError, "restore the file", "the model section")
     config.check()
     return config
 

@@ -62,7 +62,7 @@ def _placements(session: TrainingSession) -> dict[str, Placement]:
 
 @dataclass(frozen=True)
 class Restored:
-    """What became of optimizer state, by parameter; the same on every pipeline stage but for `dropped`, by tensor."""
+    """What became of optimizer state, by tensor; of all pipeline stages together."""
 
     kept: list[str]
     reset: list[str]
@@ -97,11 +97,13 @@ def restore(
     session.frozen.refresh(session.module)
     begun = {name: start for name, start in (starts or {}).items() if name in kept}
     everyone = list(trained) if group is None else _of_all_stages(list(trained), group)
-    reset = sorted(set(everyone) - set(kept))
-    begun |= dict.fromkeys(reset, optimizer_steps) if optimizer_steps else {}
+    begun |= dict.fromkeys(set(everyone) - set(kept), optimizer_steps) if optimizer_steps else {}
     _set_steps(session, {name: optimizer_steps - begun.get(name, 0) for name in trained})
     _refresh_low_precision(session)
-    return Restored(sorted(kept), reset, dropped, begun)
+    tensors = [f"{key}/{name}" for name, parameter in trained.items() for key in _state_keys(session, parameter)]
+    tensors = tensors if group is None else _of_all_stages(tensors, group)
+    took = [name for name in tensors if name.partition("/")[2] in kept]
+    return Restored(sorted(took), sorted(set(tensors) - set(took)), dropped, begun)
 
 
 def _states_held(held: Iterable[str]) -> dict[str, set[str]]:

@@ -13,7 +13,7 @@ from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.offline import check_weights, open_checkpoint
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.root import find_tokenizer, read_model_config, read_run_config
+from megatron_adamba.config.root import find_tokenizer, read_run_config
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.config.sections import GatesConfig, default_predictor
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -68,12 +68,8 @@ def load_model(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_pages()
-    try:
-        config = read_model_config(folder)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
     # shapes first: what a damaged config asks for may not fit into any memory
-    check_weights(open_checkpoint(folder))
+    config, _ = check_weights(open_checkpoint(folder))
     tokenizer = _tokenizer(folder, config)
     model = AdambaModel(config, device="meta").to_empty(device="cpu")
     load_into(model, folder, elsewhere={spec.name for spec in gate_manifest(config)}, verify=verify)
@@ -96,13 +92,13 @@ def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
     run = read_run_config(folder)
     values, known = run.get("gates", {}), {entry.name for entry in fields(GatesConfig)}
     kept = {name: value for name, value in values.items() if name in known}
-    advice = "the gates section is damaged: restore the file"
-    gates = check_value(kept, GatesConfig, str(folder / "config.json"), CheckpointError, advice)
-    elastic = check_value(run.get("elastic", {}), _Elastic, str(folder / "config.json"), CheckpointError, advice)
+    where = str(folder / "config.json"), CheckpointError, "restore the file"
+    gates = check_value(kept, GatesConfig, *where, "the gates section")
+    elastic = check_value(run.get("elastic", {}), _Elastic, *where, "the elastic section")
     try:
         gates.check()
     except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {advice} ({error})") from None
+        raise CheckpointError(f"{where[0]}: the gates section is damaged ({error}); restore the file") from None
     if gates.predictor is None:
         gates = replace(gates, predictor=default_predictor(elastic.get("width_sampling")))
     first = elastic.get("min_exit_layer") or earliest_exit(config.num_layers)

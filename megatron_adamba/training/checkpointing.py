@@ -12,12 +12,12 @@ import torch.distributed as dist
 from megatron_adamba.blueprint.gates import gate_manifest
 from megatron_adamba.checkpoint.background import BackgroundSaver
 from megatron_adamba.checkpoint.canonical import canonical_from_training
-from megatron_adamba.checkpoint.keeping import SET_ASIDE, later_than, run_id_of, set_aside
+from megatron_adamba.checkpoint.keeping import SET_ASIDE, STATE_FILE, later_than, run_id_of, set_aside
 from megatron_adamba.checkpoint.training import from_first_rank, read_state, together, verify_files
 from megatron_adamba.data.order import order_change
 from megatron_adamba.engine.state import own_fragments, restore
 from megatron_adamba.errors import CheckpointError, ConfigError
-from megatron_adamba.training.phase_change import counted, describe_phase_change
+from megatron_adamba.training.phase_change import describe_phase_change
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.start import checkpoint_root, in_own_root
 
@@ -96,11 +96,11 @@ def _load(run: Run, folder: Path, state: dict[str, Any], counters: dict[str, Any
     lines = [change] if change else []
     dropped = [name for name in report.dropped if name.partition("/")[2] not in gates]
     if change or report.reset or dropped:
-        said = lambda names: f"{counted(run.plan.specs, names)}, {names[0]} first"
+        said = lambda names: f"{len(names)} tensors, {names[0]} first"
         lines += [f"optimizer state kept: {said(report.kept)}"] if report.kept else []
         why = f"none in the checkpoint, or another optimizer's; steps count from 0, not {counters['optimizer_steps']}"
         lines += [f"optimizer state reset: {said(report.reset)} ({why})"] if report.reset else []
-        lines += [f"optimizer state dropped: {len(dropped)} tensors, {dropped[0]} first"] if dropped else []
+        lines += [f"optimizer state dropped: {said(dropped)}"] if dropped else []
     return lines
 
 
@@ -121,6 +121,9 @@ def _check_order(run: Run, state: dict[str, Any], folder: Path, counters: dict[s
 
 def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
     state = read_state(folder)
+    counters = state.get("counters", {})
+    if "config" not in state or not {"step", "consumed_samples", "optimizer_steps"} <= set(counters):
+        raise CheckpointError(f"{folder / STATE_FILE}: damaged (no config or no counters); use an earlier checkpoint")
     ours, theirs = run.plan.config.to_dict()["model"], state["config"]["model"]
     if not theirs.get("gate_size"):
         theirs = theirs | {"gate_size": ours["gate_size"]}
@@ -132,7 +135,7 @@ def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
     for key, value in ours.items():
         if theirs.get(key) != value and key not in FREE_TO_CHANGE:
             raise CheckpointError(f"{folder}: was trained with model.{key} {theirs.get(key)}, this run has {value}")
-    if state["config"]["tokenizer_hash"] != run.plan.tokenizer.hash:
+    if state["config"].get("tokenizer_hash") != run.plan.tokenizer.hash:
         raise CheckpointError(f"{folder}: was trained with another tokenizer; give --data.tokenizer of that run")
     done, steps = state["counters"]["step"], run.plan.config.train.steps
     if done > steps:

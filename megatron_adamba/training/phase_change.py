@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_adamba.blueprint.manifest import GROUPS, ParamSpec
@@ -19,15 +19,15 @@ def describe_phase_change(specs: Sequence[ParamSpec], before: Any, after: TrainC
         return None
     old = {spec.name for spec in frozen_specs(specs, before.get("freeze") or (), before.get("phase"))}
     new = {spec.name for spec in frozen_specs(specs, after.freeze, after.phase)}
-    changes = [f"now trains {counted(specs, old - new)}"] if old - new else []
-    changes += [f"no longer trains {counted(specs, new - old)}"] if new - old else []
+    changes = [f"now trains {_counted(specs, old - new)}"] if old - new else []
+    changes += [f"no longer trains {_counted(specs, new - old)}"] if new - old else []
     if not changes and before.get("phase") == after.phase:
         return None
     names = [f"phase {phase}" if phase else "no phase" for phase in (before.get("phase"), after.phase)]
     return f"{names[0]} -> {names[1]}: {'; '.join(changes) or 'the same parameters train'}"
 
 
-def counted(specs: Sequence[ParamSpec], names: Collection[str]) -> str:
+def _counted(specs: Sequence[ParamSpec], names: set[str]) -> str:
     """`1,024 parameters (attention, mlp)`."""
     chosen = [spec for spec in specs if spec.name in names]
     groups = [group for group in GROUPS if any(spec.group == group for spec in chosen)]
