@@ -34,7 +34,10 @@ def default_ds_config(bf16: bool = True) -> dict[str, Any]:
 
 
 def read_ds_config(path: str | None, bf16: bool = True) -> dict[str, Any]:
-    """The user's file, or the default; bf16: whether that may be in bf16. Raises ConfigError when it is missing or not a JSON object."""
+    """The user's file, or the default; bf16: whether that may be in bf16.
+
+    Raises ConfigError when the file is missing or not a JSON object.
+    """
     if path is None:
         return default_ds_config(bf16)
     content = read_regular(Path(path), ConfigError, "try ds_configs/zero1.json", flag="--deepspeed_config")
