@@ -6,8 +6,10 @@ What a file must hold is said once, as a dataclass, a TypedDict or any annotatio
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -51,6 +53,8 @@ def read_regular(path: Path, error: type[AdambaError], advice: str, most: int = 
     """The bytes of a regular file: a pipe would be waited for. flag: what the message begins with. Raises `error`."""
     source = f"{flag} {path}" if flag else str(path)
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.exists() and not path.is_file():
             raise error(f"{source}: is no regular file; {advice}")
         size = path.stat().st_size

@@ -18,6 +18,7 @@ from megatron_adamba.config.model import NestRow
 from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import nearest
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.schema import read_regular
 
 _DEPTH = "depth"
 _INIT_FROM = "checkpoint.init_from"
@@ -208,13 +209,10 @@ def _preset_values(name: str) -> dict[str, Any]:
 
 
 def _file_values(path: str) -> dict[str, Any]:
+    content = read_regular(Path(path), ConfigError, "give a YAML file such as examples/own_text.yaml", flag="--config")
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"--config {path}: {error.strerror}; give a YAML file such as examples/own_text.yaml"
-        ) from None
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(content)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: not YAML ({text})") from None
     if not isinstance(values, dict):

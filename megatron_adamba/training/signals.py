@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -46,6 +47,7 @@ class StopRequest:
         self._saved: Path | None = None
         self._failure: BaseException | None = None
         self._closing = threading.Event()
+        self._launcher: int | None = os.getppid()
         self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
         self._previous: dict[int, object] = {}
 
@@ -112,6 +114,7 @@ class StopRequest:
 
     def _watch(self) -> None:
         while not self._closing.wait(_PAUSE):
+            self._look_for_the_launcher()
             if self.requested is None:
                 self.requested = self._board.read(_TOPIC)
             if self.requested is None:
@@ -133,6 +136,14 @@ class StopRequest:
                     break
         if self._begun:
             self._save_and_leave()
+
+    def _look_for_the_launcher(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._say(
+                f"WARNING: the launcher, process {self._launcher}, is gone, and the run goes on without it; kill -TERM "
+                f"{os.getpid()} saves and ends it"
+            )
+            self._launcher = None
 
     def _save_and_leave(self) -> None:
         try:

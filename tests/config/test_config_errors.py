@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
 
-from megatron_adamba.config.cli import parse_arguments
+from megatron_adamba.config.cli import parse_arguments, preset_names
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import model_config_from_dict, read_model_config
 from megatron_adamba.config.rules import in_range, nearest, one_of, positive
@@ -166,3 +167,44 @@ def test_the_small_checks():
     assert nearest("adamv", ["muon", "adamw"]) == "adamw" and nearest("zzz", ["muon"]) is None
     with pytest.raises(ConfigError, match=r"--optimizer.min_lr_ratio"):
         OptimizerConfig(min_lr_ratio=2).check()
+
+
+def test_a_settings_file_that_is_no_text_or_no_file(tmp_path):
+    path = tmp_path / "settings.yaml"
+    for content in (b"\xff\xfe\x00", b"\x00" * 9, b"a: [" + b"[" * 5000, b"a: 2001-99-99"):
+        path.write_bytes(content)
+        assert f"--config {path}: " in message_of(["--config", str(path)])
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in message_of(["--config", str(tmp_path / "pipe")])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optimizer.beta2", "1"],
+        ["--optimizer.beta1", "1.0"],
+        ["--optimizer.weight_decay", "-0.1"],
+        ["--optimizer.embedding_lr", "-1"],
+        ["--optimizer.head_lr", "nan"],
+        ["--optimizer.vector_lr", "inf"],
+        ["--optimizer.lr", "nan"],
+        ["--optimizer.lr", "inf"],
+        ["--optimizer.muon_momentum", "1"],
+        ["--train.seed", "-1"],
+        ["--train.seed", "9223372036854775808"],
+        ["--train.steps", "99999999999"],
+        ["--train.gradient_clipping", "inf"],
+        ["--model.vocab_size", "1099511627776"],
+        ["--model.num_layers", "1000000000"],
+        ["--model.num_heads", "1099511627776"],
+        ["--model.norm_eps", "nan"],
+        ["--gates.tau", "inf"],
+    ],
+)
+def test_numbers_beyond_all_use_name_their_flag(words):
+    assert words[0] in message_of([*words, *(["--model.num_layers", "2"] if words[0] != "--model.num_layers" else [])])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_save_now_and_then(name):
+    assert parse_arguments(["--preset", name]).config.checkpoint.interval > 0

@@ -10,6 +10,10 @@ import pytest
 from training.runs import arguments, losses, train, write_corpus
 
 
+STEADY = {"optimizer__schedule": "constant"}
+"""a rate that does not depend on the number of steps"""
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
@@ -18,7 +22,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, data):
     run = tmp_path_factory.mktemp("begun") / "run"
-    train(1, arguments(data, run, train__steps=4, checkpoint__interval=0))
+    train(1, arguments(data, run, train__steps=4, checkpoint__interval=0, **STEADY))
     return run
 
 
@@ -29,7 +33,7 @@ def run(begun, tmp_path):
 
 
 def goes_on(data, run, *flags, **overrides):
-    words = arguments(data, run, **{"train__steps": 6, "checkpoint__interval": 0, **overrides})
+    words = arguments(data, run, **{"train__steps": 6, "checkpoint__interval": 0, **STEADY, **overrides})
     return train(1, [*words, *flags, "--resume", "auto"], check=False)
 
 

@@ -44,7 +44,7 @@ def test_a_rank_that_raises_is_not_reported_as_killed(tmp_path, data):
 
 def test_of_four_ranks_the_killed_one_is_named(tmp_path, data):
     run = tmp_path / "run"
-    processes = start(4, arguments(data, run, train__steps=5000, checkpoint__interval=0))
+    processes = start(4, arguments(data, run, train__steps=5000, checkpoint__interval=0, elastic__plans_per_step=1))
     metrics = run / "metrics.jsonl"
     wait_until(processes, lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
     processes[2].send_signal(signal.SIGKILL)
