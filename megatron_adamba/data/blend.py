@@ -114,9 +114,12 @@ def parse_data_paths(data_paths: Sequence[str], flag: str = "--data.train") -> l
 def open_dataset(prefix: str, tokenizer: Tokenizer | None, flag: str = "--data.train") -> IndexedDataset:
     """Opens a dataset and holds its sidecar, where it has one, against the tokenizer.
 
-    Raises DataError as `IndexedDataset` does, TokenizerError for data made with another tokenizer.
+    Whoever reads from it gets no id outside the tokenizer's vocabulary (without a tokenizer, the sidecar's), but a
+    DataError. Raises DataError as `IndexedDataset` does, TokenizerError for data made with another tokenizer.
     """
     indexed = IndexedDataset(prefix)
+    known = tokenizer if tokenizer is not None else indexed.meta
+    indexed.vocab_size = None if known is None else known.vocab_size
     if tokenizer is not None and indexed.meta is not None:
         if indexed.meta.tokenizer_hash != tokenizer.hash:
             raise TokenizerError(
@@ -159,7 +162,7 @@ def build_dataset(
                 f"{flag} {prefix}: without {prefix}.meta.json nothing says which token ends a document; "
                 "give --data.tokenizer, e.g. bytes"
             )
-        packed.append(PackedDataset(indexed, seq_len, seed, known.eod_id, shuffle, known.vocab_size))
+        packed.append(PackedDataset(indexed, seq_len, seed, known.eod_id, shuffle))
     if len(packed) == 1:
         return packed[0]
     sizes = [dataset.indexed.num_tokens for dataset in packed]
