@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 from megatron_adamba.errors import ConfigError
+
+LONGEST_NAME = 200
+"""bytes, so that what is added while it is written fits too"""
 
 
 def positive(flag: str, value: float) -> None:
@@ -17,6 +21,24 @@ def in_range(flag: str, value: float, low: float, high: float) -> None:
     """Both ends included."""
     if not low <= value <= high:
         raise ConfigError(f"{flag} {value}: must lie between {low} and {high}, for example {flag} {low}")
+
+
+def file_to_write(flag: str, path: str, example: str) -> None:
+    """Found out before the work that is to be written there. example: a name that works in a folder."""
+    if not path or path.endswith("/") or os.path.isdir(path):
+        raise ConfigError(f"{flag} {path!r}: a file must be named, for example {flag} {os.path.join(path, example)}")
+    if len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
+        raise ConfigError(f"{flag}: the name is longer than {LONGEST_NAME} bytes; for example {flag} {example}")
+    folder_to_write(flag, os.path.dirname(path))
+
+
+def folder_to_write(flag: str, path: str) -> None:
+    """It may be made; nothing that is no folder may stand on the way."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise ConfigError(f"{flag}: {there} is no folder; for example {flag} {os.path.dirname(there)}/NAME")
 
 
 def one_of(flag: str, value: object, allowed: Iterable[object]) -> None:

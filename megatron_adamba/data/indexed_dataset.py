@@ -30,6 +30,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 META_FORMAT_VERSION = 1
 DTYPE_OF_CODE = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+DATASET_SUFFIXES = (".idx", ".bin", ".bytes", ".meta.json")
 CHECK_CHUNK = 1 << 22
 
 
