@@ -10,22 +10,29 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED, leave
-from megatron_adamba.errors import AdambaError, LostRankError
+from megatron_adamba.engine.environment import first_rank
+from megatron_adamba.errors import AdambaError
 from megatron_adamba.files import as_storage_error
+
+if TYPE_CHECKING:
+    from megatron_adamba.engine.launch import RankInfo
+    from megatron_adamba.training.run import RunPlan
+    from megatron_adamba.training.run_folder import RunFolder
 
 
 def main(argv: list[str]) -> int:
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    first = first_rank()
     try:
         parsed = parse_arguments(argv)
         return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
     except AdambaError as error:
-        return fail(error, first or (isinstance(error, LostRankError) and error.first_survivor))
+        return fail(error, first)
     except OSError as error:
-        found = as_storage_error(error, str(error.filename))
+        found = as_storage_error(error, str(error.filename or "writing"))
         if found is None:
             raise
         return fail(found, first)
@@ -33,12 +40,12 @@ def main(argv: list[str]) -> int:
         return INTERRUPTED
 
 
-def fail(error: AdambaError, first: bool) -> int:
-    """One line: on the first rank's stderr, in the log of every other."""
+def fail(error: AdambaError, tell: bool) -> int:
+    """One line: on stderr, or in the log of a rank whose trouble another one tells."""
     line = f"error: {' '.join(str(error).split())}"
-    if first:
+    if tell:
         print(line, file=sys.stderr, flush=True)
-    elif (logger := logging.getLogger("megatron_adamba")).handlers:
+    if (logger := logging.getLogger("megatron_adamba")).handlers:
         logger.error(line)
     return error.exit_code
 
@@ -77,45 +84,46 @@ def show_config(parsed: ParsedArguments) -> int:
 
 
 def train(parsed: ParsedArguments) -> int:
-    from rich.console import Console
-
-    from megatron_adamba.engine.launch import (
-        lost_ranks_named,
-        start_distributed,
-        stop_distributed,
-        world_size_from_environment,
-    )
-    from megatron_adamba.training.report import print_rows, print_start
-    from megatron_adamba.training.run import build_run, plan_run
-    from megatron_adamba.training.trainer import Trainer
+    from megatron_adamba.engine.launch import start_distributed, stop_distributed, world_size_from_environment
+    from megatron_adamba.engine.lost_ranks import FailureNote, lost_ranks_named
+    from megatron_adamba.training.run import plan_run
+    from megatron_adamba.training.run_folder import RunFolder
 
     plan = plan_run(parsed, world_size_from_environment())
     info = start_distributed()
     try:
-        run_dir = Path(plan.config.logging.run_dir)
-        log_to_file(run_dir, info.rank)
-        run = build_run(plan, info)
-        console = Console(quiet=info.rank != 0)
-        print_start(console, run, parsed)
-        with lost_ranks_named(info):
-            rows = Trainer(run, console).train()
-        if rows:
-            print_rows(console, rows)
-        console.print(f"model written to {run_dir / 'model'}", highlight=False)
-        return 0
+        with RunFolder(Path(plan.config.logging.run_dir), info.rank) as folder:
+            note = FailureNote(folder.path)
+            try:
+                with lost_ranks_named(info, note):
+                    return run(parsed, plan, info, folder)
+            except (AdambaError, OSError) as error:
+                found = error if isinstance(error, AdambaError) else as_storage_error(error, str(folder.path))
+                if found is None:
+                    raise
+                return fail(found, note.tells(info.rank, found))
+            except Exception as error:
+                note.leave(info.rank, f"{type(error).__name__}: {error}")
+                raise
     finally:
         stop_distributed()
 
 
-def log_to_file(run_dir: Path, rank: int) -> None:
-    """Each rank keeps a log of its own in RUN/logs."""
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("megatron_adamba")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:
+    from rich.console import Console
+
+    from megatron_adamba.training.report import print_rows, print_start
+    from megatron_adamba.training.run import build_run
+    from megatron_adamba.training.trainer import Trainer
+
+    built = build_run(plan, info)
+    console = Console(quiet=info.rank != 0)
+    print_start(console, built, parsed)
+    rows = Trainer(built, console, folder.leave).train()
+    if rows:
+        print_rows(console, rows)
+    console.print(f"model written to {built.run_dir / 'model'}", highlight=False)
+    return 0
 
 
 if __name__ == "__main__":

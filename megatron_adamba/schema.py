@@ -11,13 +11,24 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from megatron_adamba.errors import AdambaError
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
 """an object of which nothing more is asked here"""
+
+
+def _inside(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or len(name.encode()) > 255:
+        raise ValueError("leaves the folder, or is no name of a file")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+"""of a file beside the one that is read"""
+TensorName = Annotated[str, Field(max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 """a number of things or bytes"""
 Size = Annotated[int, Field(ge=1, le=2**62)]
@@ -36,39 +47,43 @@ def read_json(path: Path, kind: type[T], error: type[AdambaError], advice: str) 
     return parse_json(read_regular(path, error, advice), kind, str(path), error, advice)
 
 
-def read_regular(path: Path, error: type[AdambaError], advice: str, most: int = LARGEST_FILE) -> bytes:
-    """The bytes of a regular file: a pipe would be waited for. Raises `error`."""
+def read_regular(path: Path, error: type[AdambaError], advice: str, most: int = LARGEST_FILE, flag: str = "") -> bytes:
+    """The bytes of a regular file: a pipe would be waited for. flag: what the message begins with. Raises `error`."""
+    source = f"{flag} {path}" if flag else str(path)
     try:
         if path.exists() and not path.is_file():
-            raise error(f"{path}: is no regular file; {advice}")
+            raise error(f"{source}: is no regular file; {advice}")
         size = path.stat().st_size
         if size > most:
-            raise error(f"{path}: {size:,} bytes, at most {most:,} are read; {advice}")
+            raise error(f"{source}: {size:,} bytes, at most {most:,} are read; {advice}")
         return path.read_bytes()
     except (OSError, ValueError) as failure:
         if isinstance(failure, AdambaError):
             raise
         # ValueError: a name that no file can have
-        raise error(f"{path}: {getattr(failure, 'strerror', None) or failure}; {advice}") from None
+        raise error(f"{source}: {getattr(failure, 'strerror', None) or failure}; {advice}") from None
 
 
-def parse_json(content: bytes | str, kind: type[T], source: str, error: type[AdambaError], advice: str) -> T:
-    """JSON text as a value of `kind`; source: what the message names. Raises `error`."""
+def parse_json(
+    content: bytes | str, kind: type[T], source: str, error: type[AdambaError], advice: str, part: str = ""
+) -> T:
+    """JSON text as a value of `kind`; source: what the message names; part: which part of it. Raises `error`."""
+    begin = f"{source}: {part} is damaged" if part else f"{source}: damaged"
     try:
         return _adapter(kind).validate_json(content, strict=True)
     except ValidationError as failure:
-        raise error(f"{source}: damaged ({_first(failure)}); {advice}") from None
+        raise error(f"{begin} ({_first(failure)}); {advice}") from None
     except (ValueError, RecursionError) as failure:
-        raise error(f"{source}: damaged ({failure}); {advice}") from None
+        raise error(f"{begin} ({failure}); {advice}") from None
 
 
-def check_value(value: Any, kind: type[T], source: str, error: type[AdambaError], advice: str) -> T:
+def check_value(value: Any, kind: type[T], source: str, error: type[AdambaError], advice: str, part: str = "") -> T:
     """A value that came as Python objects (from YAML, a header, a request) as one of `kind`. Raises `error`."""
     try:
         content = json.dumps(value)
     except (TypeError, ValueError, RecursionError) as failure:
-        raise error(f"{source}: damaged ({failure}); {advice}") from None
-    return parse_json(content, kind, source, error, advice)
+        raise error(f"{source}: {part or 'its content'} is damaged ({failure}); {advice}") from None
+    return parse_json(content, kind, source, error, advice, part)
 
 
 @functools.cache

@@ -272,20 +272,29 @@ def as_json(checkpoint: OpenCheckpoint) -> dict[str, Any]:
 
 
 def verify(args: argparse.Namespace) -> int:
+    from megatron_adamba.checkpoint.canonical import CHECKSUMS_FILE
+    from megatron_adamba.checkpoint.offline import CANONICAL
     from megatron_adamba.checkpoint.verify import verify
 
     checkpoint = verify(Path(args.path))
-    print(f"OK: {checkpoint.folder}: {checkpoint.kind}{where(checkpoint)}, {described(checkpoint.infos.values())}")
+    bare = checkpoint.kind == CANONICAL and not (checkpoint.folder / CHECKSUMS_FILE).exists()
+    note = "; it has no checksums: values are known to be finite, not to be unchanged" if bare else ""
+    held = described(checkpoint.infos.values())
+    print(f"OK: {checkpoint.folder}: {checkpoint.kind}{where(checkpoint)}, {held}{note}")
     return 0
 
 
 def diff(args: argparse.Namespace) -> int:
     from megatron_adamba.checkpoint.diff import differences
-    from megatron_adamba.checkpoint.offline import CANONICAL, open_checkpoint
+    from megatron_adamba.checkpoint.offline import CANONICAL, TRAINING, open_checkpoint
+    from megatron_adamba.checkpoint.training import verify_files
 
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
         raise ConfigError(f"--tolerance {args.tolerance}: must be 0 or more, for example --tolerance 1e-6")
     first, second = open_checkpoint(Path(args.first)), open_checkpoint(Path(args.second))
+    for checkpoint in (first, second):
+        if checkpoint.kind == TRAINING:
+            verify_files(checkpoint.folder)
     canonical = [checkpoint.folder for checkpoint in (first, second) if checkpoint.kind == CANONICAL]
     if len(canonical) == 1 and not args.weights_only:
         print(f"comparing weights only: {canonical[0]} is canonical and holds nothing else")

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from megatron_adamba.checkpoint.aside import written_aside
 from megatron_adamba.checkpoint.carried import carried_files
+from megatron_adamba.checkpoint.formats import Checksums, Index
 from megatron_adamba.checkpoint.history import HISTORY_FILE, trained_history
-from megatron_adamba.checkpoint.shards import TensorInfo, shard_name, stream_shards
+from megatron_adamba.checkpoint.shards import TensorInfo, checksum, shard_name, stream_shards
 from megatron_adamba.checkpoint.training import read_state, verify_files
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.files import write_atomically
+from megatron_adamba.schema import read_json
 
-INDEX_FILE, CONFIG_FILE = "model.safetensors.index.json", "config.json"
+INDEX_FILE, CONFIG_FILE, CHECKSUMS_FILE = "model.safetensors.index.json", "config.json", "checksums.json"
 MAX_SHARD_BYTES = 4 * 2**30
 WEIGHT_PREFIX = "weight/"
 
@@ -45,12 +47,13 @@ def write_canonical(
     """
     with written_aside(folder) as aside:
         if infos is None:
-            infos, places = _write_shards(aside, tensors, max_shard_bytes)
+            infos, places, sums = _write_shards(aside, tensors, max_shard_bytes)
         else:
-            places = stream_shards(aside, infos, tensors, max_shard_bytes)
+            places, sums = stream_shards(aside, infos, tensors, max_shard_bytes)
         total = sum(info.num_bytes for info in infos.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_atomically(aside / INDEX_FILE, json.dumps(index, indent=1).encode())
+        write_atomically(aside / CHECKSUMS_FILE, json.dumps({"crc32": sums}, indent=1).encode())
         write_atomically(aside / CONFIG_FILE, json.dumps(config, indent=1).encode())
         if history:
             write_atomically(aside / HISTORY_FILE, (json.dumps(history, indent=1) + "\n").encode())
@@ -61,11 +64,13 @@ def write_canonical(
 
 def _write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Shards under provisional names, then `model-00001-of-00003.safetensors`; returns what was in them and where."""
+) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, int]]:
+    """Shards under provisional names, then `model-00001-of-00003.safetensors`; returns what was in them, where, and
+    each tensor's checksum."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     infos: dict[str, TensorInfo] = {}
+    sums: dict[str, int] = {}
     size = 0
 
     def flush() -> None:
@@ -85,6 +90,7 @@ def _write_shards(
             flush()
             size = 0
         pending[name] = tensor.contiguous()
+        sums[name] = checksum(pending[name])
         size += info.num_bytes
     if pending or not shards:
         flush()
@@ -93,42 +99,52 @@ def _write_shards(
         final = shard_name(number, len(shards))
         (folder / f"part-{number}").rename(folder / final)
         places.update(dict.fromkeys(names, final))
-    return infos, places
+    return infos, places, sums
+
+
+def read_checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 by tensor; none where others wrote the folder. Raises CheckpointError."""
+    path = folder / CHECKSUMS_FILE
+    if not path.exists():
+        return {}
+    return read_json(path, Checksums, CheckpointError, "restore the file, or delete it to go without")["crc32"]
 
 
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file. Raises CheckpointError naming what is missing or damaged."""
     path = folder / INDEX_FILE
-    try:
-        places = json.loads(path.read_text())["weight_map"]
-        if not all(isinstance(shard, str) for shard in places.values()):
-            raise ValueError("a shard's name is not text")
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give a folder that holds a canonical checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    advice = "give a folder that holds a canonical checkpoint, or restore the file"
+    places = read_json(path, Index, CheckpointError, advice)["weight_map"]
     for shard in sorted(set(places.values())):
-        if Path(shard).name != shard or not (folder / shard).exists():
-            raise CheckpointError(f"{folder / shard}: missing, though {INDEX_FILE} names it")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / shard}: missing, or no file, though {INDEX_FILE} names it")
     return places
 
 
-def read_tensors(folder: Path, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, or those wanted, one at a time, shard by shard."""
+def read_tensors(
+    folder: Path, wanted: Container[str] | None = None, verify: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, or those wanted, one at a time, shard by shard; verify: against their checksums."""
+    sums = read_checksums(folder) if verify else {}
     places = {name: place for name, place in read_index(folder).items() if wanted is None or name in wanted}
     for shard in sorted(set(places.values())):
         for name in sorted(name for name, place in places.items() if place == shard):
-            yield name, read_tensor(folder / shard, name)
+            yield name, read_tensor(folder / shard, name, sums.get(name))
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a shard. Raises CheckpointError where the file is damaged."""
+def read_tensor(path: Path, name: str, crc32: int | None = None) -> Tensor:
+    """One tensor of a shard. Raises CheckpointError where the file is damaged, or the tensor has not the checksum."""
     try:
         # opened anew for every tensor: a mapping that stays open keeps every page that was read from it
         with safe_open(path, framework="pt") as stream:
-            return stream.get_tensor(name)
+            tensor = stream.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})") from None
+    if crc32 is not None and checksum(tensor) != crc32:
+        raise CheckpointError(
+            f"{path}: damaged ({name} is not what was written, its checksum differs); restore the file from a copy"
+        )
+    return tensor
 
 
 def load_into(
@@ -136,10 +152,12 @@ def load_into(
     folder: Path,
     share: Callable[[str, Tensor], Tensor] = lambda _, whole: whole,
     elsewhere: Set[str] = frozenset(),
+    verify: bool = True,
 ) -> None:
     """Fill a model; names and shapes are checked against the index and each tensor before it is copied.
 
-    share: what the module holds of a whole tensor, by its name; elsewhere: names that other pipeline stages hold.
+    share: what the module holds of a whole tensor, by its name; elsewhere: names that other pipeline stages hold;
+    verify: hold tensors against their checksums, where the folder has them.
     Raises CheckpointError naming the first tensor that is missing, unknown or of another shape.
     """
     parameters = dict(module.named_parameters())
@@ -149,7 +167,7 @@ def load_into(
     if unknown := sorted(held - set(parameters) - elsewhere):
         raise CheckpointError(f"{folder}: tensor {unknown[0]} has no place in this model")
     with torch.no_grad():
-        for name, tensor in read_tensors(folder, parameters):
+        for name, tensor in read_tensors(folder, parameters, verify):
             part = share(name, tensor)
             if part.shape != parameters[name].shape:
                 raise CheckpointError(
@@ -165,7 +183,7 @@ def canonical_from_training(checkpoint: Path, folder: Path, carried: Mapping[str
     """
     verify_files(checkpoint)
     state = read_state(checkpoint)
-    if not isinstance(state.get("config"), dict):
+    if "config" not in state:
         raise CheckpointError(f"{checkpoint}: its state holds no config; use an earlier checkpoint")
     held = WholeTensors(checkpoint)
     keys = {key.removeprefix(WEIGHT_PREFIX): key for key in held.infos if key.startswith(WEIGHT_PREFIX)}

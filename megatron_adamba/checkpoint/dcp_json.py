@@ -24,8 +24,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_adamba.checkpoint.formats import StoredMetadata, StoredTensor
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.files import as_storage_error, write_atomically
+from megatron_adamba.schema import read_json
 
 METADATA_FILE = "metadata.json"
 FORMAT_VERSION = 1
@@ -120,26 +122,17 @@ def metadata_to_dict(metadata: Metadata, storage: dict[MetadataIndex, _StorageIn
 def read_metadata(folder: Path) -> Metadata:
     """Raises CheckpointError naming the file where it is missing or damaged."""
     path = folder / METADATA_FILE
-    try:
-        values = json.loads(path.read_text())
-        if values["format"] != FORMAT_VERSION:
-            raise CheckpointError(f"{path}: format {values['format']}, this version reads {FORMAT_VERSION}")
-        return _metadata_from_dict(values["tensors"])
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); use an earlier checkpoint") from None
+    values = read_json(path, StoredMetadata, CheckpointError, "use an earlier checkpoint")
+    if values["format"] != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format {values['format']}, this version reads {FORMAT_VERSION}")
+    return _metadata_from_dict(values["tensors"])
 
 
-def _metadata_from_dict(tensors: dict[str, Any]) -> Metadata:
+def _metadata_from_dict(tensors: dict[str, StoredTensor]) -> Metadata:
     entries, storage, names = {}, {}, {}
     for name, entry in tensors.items():
         chunks = []
         for chunk in entry["chunks"]:
-            if os.path.basename(chunk["file"]) != chunk["file"]:
-                raise ValueError(f"file name {chunk['file']!r} leaves the folder")
-            if not all(type(chunk[key]) is int and chunk[key] >= 0 for key in ("start", "length")):
-                raise ValueError(f"{name}: a chunk starts at {chunk['start']!r} and is {chunk['length']!r} bytes long")
             offset = torch.Size(chunk["offset"])
             chunks.append(ChunkStorageMetadata(offsets=offset, sizes=torch.Size(chunk["size"])))
             storage[MetadataIndex(name, offset)] = _StorageInfo(chunk["file"], chunk["start"], chunk["length"], None)

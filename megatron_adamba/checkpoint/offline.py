@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_adamba.checkpoint.canonical import (
     INDEX_FILE,
     WEIGHT_PREFIX,
     canonical_from_training,
+    read_checksums,
     read_index,
     read_tensor,
 )
@@ -32,7 +32,7 @@ from megatron_adamba.checkpoint.shards import DTYPE_CODES, TensorInfo
 from megatron_adamba.checkpoint.training import FILES_FILE, LATEST, STATE_FILE, latest_checkpoint, read_state
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.root import model_config_from_dict
+from megatron_adamba.config.root import StoredConfig, model_config_from_dict, read_run_config
 from megatron_adamba.errors import CheckpointError, ConfigError
 
 TRAINING, CANONICAL = "training", "canonical"
@@ -97,14 +97,14 @@ def open_checkpoint(path: Path) -> OpenCheckpoint:
 
 def _open_training(folder: Path) -> OpenCheckpoint:
     state = read_state(folder)
-    if not isinstance(state.get("config"), dict) or not isinstance(state.get("counters"), dict):
+    if "config" not in state or "counters" not in state:
         raise CheckpointError(f"{folder / STATE_FILE}: damaged (no config or no counters); use an earlier checkpoint")
     tensors = WholeTensors(folder)
     return OpenCheckpoint(TRAINING, folder, tensors.infos, tensors.read, state["config"], state, tensors)
 
 
 def _open_canonical(folder: Path) -> OpenCheckpoint:
-    places = read_index(folder)
+    places, sums = read_index(folder), read_checksums(folder)
     infos: dict[str, TensorInfo] = {}
     for shard in sorted(set(places.values())):
         found = _shard_infos(folder / shard)
@@ -117,7 +117,7 @@ def _open_canonical(folder: Path) -> OpenCheckpoint:
 
     def read(key: str) -> Tensor:
         name = key.removeprefix(WEIGHT_PREFIX)
-        return read_tensor(folder / places[name], name)
+        return read_tensor(folder / places[name], name, sums.get(name))
 
     infos = {WEIGHT_PREFIX + name: infos[WEIGHT_PREFIX + name] for name in places}
     return OpenCheckpoint(CANONICAL, folder, infos, read, _read_config(folder), {})
@@ -140,31 +140,23 @@ def _shard_infos(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
+def _read_config(folder: Path) -> StoredConfig:
     try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: damaged (not a JSON object)")
-    return values
+        return read_run_config(folder)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def described_model(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[ParamSpec, ...]]:
     """The model that a checkpoint says it holds, and its parameters, those of gates too. Raises CheckpointError."""
     source = str(checkpoint.folder / (STATE_FILE if checkpoint.kind == TRAINING else CONFIG_FILE))
-    if not isinstance(checkpoint.config.get("model"), dict):
-        raise CheckpointError(f"{source}: has no `model` section, so there is no telling what the tensors should be")
     try:
         model = resolve_model(model_config_from_dict(checkpoint.config["model"], source))
+        if model.vocab_size is None:
+            raise ConfigError("the model section has no vocab_size; restore the file")
         return model, stored_manifest(model)
     except ConfigError as error:
         raise CheckpointError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
-    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
-        raise CheckpointError(f"{source}: the model section is damaged ({type(error).__name__}: {error})") from None
 
 
 def check_weights(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[ParamSpec, ...]]:

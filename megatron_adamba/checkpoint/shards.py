@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -85,27 +87,38 @@ def shard_name(number: int, count: int) -> str:
 
 def stream_shards(
     folder: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
-) -> dict[str, str]:
-    """Write the shards of `infos`; returns name -> file.
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Write the shards of `infos`; returns name -> file and name -> `checksum`.
 
     tensors: exactly those of `infos`, in its order. Raises ValueError where one is missing or not what was announced.
     """
     shards = plan_shards(infos, max_shard_bytes)
     source = iter(tensors)
     places: dict[str, str] = {}
+    sums: dict[str, int] = {}
     for number, names in enumerate(shards):
         path = folder / shard_name(number, len(shards))
-        _write_shard(path, {name: infos[name] for name in names}, source)
+        sums |= _write_shard(path, {name: infos[name] for name in names}, source)
         places.update(dict.fromkeys(names, path.name))
     if extra := next(source, None):
         raise ValueError(f"{extra[0]}: came and was not announced")
-    return places
+    return places, sums
 
 
-def _write_shard(path: Path, infos: Mapping[str, TensorInfo], source: Iterator[tuple[str, Tensor]]) -> None:
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes as they lie in a file."""
+    return zlib.crc32(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _write_shard(path: Path, infos: Mapping[str, TensorInfo], source: Iterator[tuple[str, Tensor]]) -> dict[str, int]:
     """The header at once, then each tensor at its place; synced, and read back by the library, which checks that header
-    and file fit."""
+    and file fit. Returns checksums."""
     header, starts = _header(infos)
+    sums = {}
     with open(path, "wb") as stream:
         stream.write(header)
         for wanted, info in infos.items():
@@ -113,9 +126,12 @@ def _write_shard(path: Path, infos: Mapping[str, TensorInfo], source: Iterator[t
             if name != wanted or TensorInfo(tuple(tensor.shape), tensor.dtype) != info:
                 raise ValueError(f"{wanted} was announced as {info}; {name}, {tensor.dtype} {list(tensor.shape)}, came")
             stream.seek(starts[name])
-            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-            del tensor
+            content = _bytes(tensor)
+            sums[wanted] = zlib.crc32(content)
+            stream.write(content)
+            del tensor, content
         stream.flush()
         os.fsync(stream.fileno())
     with safe_open(path, framework="pt") as written:
         assert set(written.keys()) == set(infos), path
+    return sums

@@ -20,18 +20,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_adamba import errors
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata
+from megatron_adamba.checkpoint.formats import Files, StoredState
+from megatron_adamba.checkpoint.keeping import (
+    FILES_FILE,
+    LATEST,
+    STATE_FILE,
+    checkpoint_name,
+    complete_folders,
+    make_room,
+    prune,
+    put_in_place,
+    step_folders,
+)
 from megatron_adamba.checkpoint.rectangles import Fragment
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import AdambaError, CheckpointError
 from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
+from megatron_adamba.schema import read_json
 
 T = TypeVar("T")
-STATE_FILE, FILES_FILE, LATEST = "state.json", "files.json", "latest"
 _BLOCK = 1 << 20
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
+_EARLIER = "use an earlier checkpoint"
 
 
 def save_training_checkpoint(
@@ -45,14 +54,15 @@ def save_training_checkpoint(
 ) -> Path:
     """Called by every rank with its own fragments; returns the finished folder.
 
-    state: JSON values, the same on all ranks; group: of all ranks, to meet in; None is the world's. Older checkpoints
-    beyond `keep_last` go only after `latest` names the new one. carried: the tokenizer's files, by name. Raises
-    StorageError where the disk is full; what was there before is untouched.
+    state: JSON values, the same on all ranks, the `run_id` in its config; group: of all ranks, to meet in; None is the
+    world's. This run's older checkpoints beyond `keep_last` go, after `latest` names the new one; what any other run
+    wrote stays. carried: the tokenizer's files, by name. Raises StorageError where the disk is full; what was there
+    before is untouched.
     """
     rank = dist.get_rank()
     final = root / checkpoint_name(step)
     aside = root / f"{checkpoint_name(step)}.tmp"
-    together(lambda: _prepare(root, aside) if rank == 0 else None, group)
+    together(lambda: make_room(root, step) if rank == 0 else None, group)
     try:
         dcp.save(fragments, storage_writer=JsonWriter(aside), process_group=group)
     except CheckpointException as error:
@@ -91,11 +101,12 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     return result
 
 
-def _prepare(root: Path, aside: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob("step-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    aside.mkdir()
+def from_first_rank(action: Callable[[], T]) -> T:
+    """What `action` gives on the first rank, which alone runs it; every rank calls this alike, and fails where it
+    fails."""
+    box = [together(lambda: action() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _publish(
@@ -114,25 +125,10 @@ def _publish(
         files[name] = _fingerprint(aside / name)
     write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
     sync_directory(aside)
-    if final.exists():
-        # only a run that went back to an earlier step comes here; what it replaces stays whole until the new one is in
-        final.rename(root / f"{final.name}.replaced.tmp")
-    aside.rename(final)
-    sync_directory(root)
+    run_id = state.get("config", {}).get("run_id")
+    put_in_place(aside, final, run_id)
     write_atomically(root / LATEST, final.name.encode())
-    finished = _finished(root)
-    # later steps are those of a branch that this run went back from
-    abandoned = [path for path in finished if path.name > final.name]
-    kept = [path for path in finished if path.name <= final.name][-keep_last:]
-    stale = [path for path in finished if path not in kept and path not in abandoned]
-    for old in [*root.glob("step-*.replaced.tmp"), *abandoned, *stale]:
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _finished(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.suffix != ".tmp" and (path / FILES_FILE).is_file())
+    prune(root, final, keep_last, run_id)
 
 
 def _explain(error: CheckpointException) -> Exception:
@@ -150,31 +146,39 @@ def _fingerprint(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": checksum}
 
 
-def _is_fingerprint(mark: Any) -> bool:
-    return isinstance(mark, dict) and {"bytes", "crc32"} <= set(mark)
-
-
 def latest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint that `latest` names; the newest complete one where a kill left that name without a folder; None
-    where the run never saved. Raises CheckpointError where `latest` names nothing and nothing complete is there."""
-    pointer = root / LATEST
-    if not pointer.exists():
-        return None
-    try:
-        name = pointer.read_text().strip()
-    except ValueError:
-        raise CheckpointError(f"{pointer}: damaged (not text); give --resume a checkpoint folder") from None
+    """The checkpoint that `latest` names; the newest complete one where that name is missing or has no folder, as after
+    a kill between two renames; None where the run never saved.
+
+    Raises CheckpointError where `latest` is damaged, and where there are checkpoints and none is complete.
+    """
+    pointer, complete = root / LATEST, complete_folders(root)
+    way_out = f"give --resume {complete[-1] if complete else 'FOLDER'}, or delete it: the newest complete one counts"
+    name = None
+    if pointer.exists() or pointer.is_symlink():
+        try:
+            name = pointer.read_text().strip()
+        except OSError as error:
+            raise CheckpointError(f"{pointer}: {error.strerror}; {way_out}") from None
+        except ValueError:
+            raise CheckpointError(f"{pointer}: damaged (not text); {way_out}") from None
+        if len(name) > 255 or "\0" in name:
+            raise CheckpointError(f"{pointer}: damaged (no name of a folder); {way_out}")
     if name and Path(name).name == name and (root / name).is_dir():
         return root / name
-    if finished := _finished(root):
-        return finished[-1]
-    raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
+    if complete:
+        return complete[-1]
+    if unfinished := step_folders(root):
+        raise CheckpointError(f"{unfinished[-1] / FILES_FILE}: is missing, and no checkpoint beside it is complete")
+    if name is not None:
+        raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
+    return None
 
 
 def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Compare sizes and checksums with `files.json`, this rank's share of them. CheckpointError names the file."""
-    listed = _read_json(folder / FILES_FILE)
-    if not {METADATA_FILE, STATE_FILE} <= set(listed) or not all(_is_fingerprint(mark) for mark in listed.values()):
+    listed = read_files(folder)
+    if not {METADATA_FILE, STATE_FILE} <= set(listed):
         raise CheckpointError(f"{folder / FILES_FILE}: damaged (not a list of files); use an earlier checkpoint")
     places = read_metadata(folder).storage_data.values()
     if unlisted := sorted({place.relative_path for place in places} - set(listed)):
@@ -182,8 +186,8 @@ def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     rank, ranks = share
     for name in sorted(listed)[rank::ranks]:
         path = folder / name
-        if Path(name).name != name or not path.exists():
-            raise CheckpointError(f"{path}: missing; use an earlier checkpoint")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, or no file; use an earlier checkpoint")
         if path.stat().st_size != listed[name]["bytes"]:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size} bytes of {listed[name]['bytes']}; use an earlier checkpoint"
@@ -192,21 +196,14 @@ def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
             raise CheckpointError(f"{path}: damaged (checksum differs); use an earlier checkpoint")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_files(folder: Path) -> Files:
+    """Every other file of a training checkpoint, with size and checksum."""
+    return read_json(folder / FILES_FILE, Files, CheckpointError, _EARLIER)
+
+
+def read_state(folder: Path) -> StoredState:
     """The JSON part: step, samples, config."""
-    return _read_json(folder / STATE_FILE)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; the checkpoint is not complete") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); use an earlier checkpoint") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: damaged (not a JSON object); use an earlier checkpoint")
-    return values
+    return read_json(folder / STATE_FILE, StoredState, CheckpointError, _EARLIER)
 
 
 def load_fragments(folder: Path, fragments: dict[str, Fragment], alone: bool = False) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_adamba.checkpoint.canonical import INDEX_FILE
+from megatron_adamba.checkpoint.canonical import CHECKSUMS_FILE, INDEX_FILE, read_checksums
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE
+from megatron_adamba.checkpoint.formats import Index
 from megatron_adamba.checkpoint.offline import (
     TRAINING,
     OpenCheckpoint,
@@ -17,8 +17,9 @@ from megatron_adamba.checkpoint.offline import (
     find_checkpoint,
     open_checkpoint,
 )
-from megatron_adamba.checkpoint.training import FILES_FILE, verify_files
+from megatron_adamba.checkpoint.training import FILES_FILE, read_files, verify_files
 from megatron_adamba.errors import CheckpointError
+from megatron_adamba.schema import read_json
 
 _BLOCK = 1 << 18
 
@@ -28,7 +29,8 @@ def verify(path: Path) -> OpenCheckpoint:
 
     Training: sizes and checksums of all files, chunks that cover every tensor once and lie inside files that have a
     checksum, the weights of the config's model, and that every chunk can be read and is what `metadata.json` says.
-    Canonical: a complete index, headers that fit the files, the weights of the config's model, all of them finite.
+    Canonical: a complete index, headers that fit the files, the weights of the config's model, all of them finite, and
+    their checksums, where the folder has them.
     """
     kind, folder = find_checkpoint(path)
     if kind == TRAINING:
@@ -43,7 +45,7 @@ def verify(path: Path) -> OpenCheckpoint:
 
 def _verify_training(checkpoint: OpenCheckpoint) -> None:
     folder, tensors = checkpoint.folder, checkpoint.tensors
-    listed = json.loads((folder / FILES_FILE).read_text())
+    listed = read_files(folder)
     if unlisted := [file for file in tensors.files if file not in listed]:
         raise CheckpointError(f"{folder / FILES_FILE}: has no checksum of {unlisted[0]}, which {METADATA_FILE} names")
     check_weights(checkpoint)
@@ -54,7 +56,7 @@ def _verify_training(checkpoint: OpenCheckpoint) -> None:
 
 def _verify_canonical(checkpoint: OpenCheckpoint) -> None:
     folder = checkpoint.folder
-    index = json.loads((folder / INDEX_FILE).read_text())
+    index = read_json(folder / INDEX_FILE, Index, CheckpointError, "restore the file")
     named = set(index["weight_map"].values())
     if stray := sorted(path.name for path in folder.glob("*.safetensors") if path.name not in named):
         raise CheckpointError(f"{folder / stray[0]}: is not in {INDEX_FILE}")
@@ -63,6 +65,10 @@ def _verify_canonical(checkpoint: OpenCheckpoint) -> None:
         said = header.get("total_size") if isinstance(header, dict) else None
         raise CheckpointError(f"{folder / INDEX_FILE}: says {said} bytes of tensors, the shards hold {total}")
     check_weights(checkpoint)
+    sums = read_checksums(folder)
+    if sums and (bare := sorted({key.partition("/")[2] for key in checkpoint.infos} - set(sums))):
+        raise CheckpointError(f"{folder / CHECKSUMS_FILE}: has no checksum of {bare[0]}; restore the file")
+    # reading holds each tensor against its checksum
     for key in checkpoint.infos:
         name = key.partition("/")[2]
         if (found := _first_nonfinite(checkpoint.read(key))) is not None:

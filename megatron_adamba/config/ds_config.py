@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.schema import read_regular
 
 OURS = {
     "train_batch_size": "--train.global_batch_size",
@@ -33,16 +34,22 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     """The user's file, or the default. Raises ConfigError when it is missing or not a JSON object."""
     if path is None:
         return default_ds_config()
+    content = read_regular(Path(path), ConfigError, "try ds_configs/zero1.json", flag="--deepspeed_config")
     try:
-        values = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--deepspeed_config {path}: {error.strerror}; try ds_configs/zero1.json") from None
-    except ValueError as error:
+        values = json.loads(content, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path}: not JSON ({error}); try ds_configs/zero1.json") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--deepspeed_config {path}: must hold a JSON object; try ds_configs/zero1.json")
     _check_sections(values, f"--deepspeed_config {path}")
     return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return dict(pairs)
 
 
 def _check_sections(values: dict[str, Any], source: str) -> None:

@@ -24,6 +24,18 @@ class NestRow:
     """leading rows of every expert; 0 in a model without experts"""
 
 
+_LONGEST = 1 << 14
+"""entries of a list, or letters"""
+_LARGEST = {
+    **dict.fromkeys(("hidden_size", "widths", "layer_widths", "static_norm_size", "estimator_reference"), 2**20),
+    **dict.fromkeys(("gate_size", "ffn_size", "expert_ffn_size", "ffn_granule", "mamba_chunk_size"), 2**24),
+    **dict.fromkeys(("num_heads", "num_kv_groups", "head_dim", "head_dim_steps", "mamba_num_heads"), 2**16),
+    **dict.fromkeys(("mamba_d_state", "mamba_head_dim", "mamba_num_groups", "mamba_expand"), 2**16),
+    **dict.fromkeys(("num_experts", "experts_per_token", "num_layers"), 2**16),
+    **dict.fromkeys(("vocab_size", "sliding_window"), 2**31 - 1),
+}
+
+
 def _default_modes() -> dict[str, int]:
     return {"ghost": 128, "whisper": 512, "normal": 1024}
 
@@ -144,6 +156,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Rules that one field can break by itself. Raises ConfigError."""
+        self._check_largest()
         for name in (
             "hidden_size",
             "head_dim",
@@ -191,3 +204,14 @@ class ModelConfig:
             raise ConfigError("--model.window_pattern '': is empty; L lets every attention layer see all keys")
         for letter in self.window_pattern:
             one_of("--model.window_pattern", letter, ("S", "L"))
+
+    def _check_largest(self) -> None:
+        """Before anything is derived or laid out from a size, or tried out for its divisors."""
+        for name, largest in _LARGEST.items():
+            found = getattr(self, name)
+            for value in found if isinstance(found, list) else [found]:
+                if value is not None and value > largest:
+                    raise ConfigError(f"--model.{name} {value}: must be at most {largest}")
+        for name in ("block_pattern", "window_pattern", "widths", "layer_widths", "head_dim_steps", "nest", "modes"):
+            if len(getattr(self, name) or ()) > _LONGEST:
+                raise ConfigError(f"--model.{name}: must have at most {_LONGEST} entries")

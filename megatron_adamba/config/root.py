@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
-from megatron_adamba.config.model import ModelConfig, NestRow
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -21,6 +23,7 @@ from megatron_adamba.config.sections import (
     TrainConfig,
 )
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.schema import JsonObject, check_value, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.tiktoken")
 """names under which a checkpoint carries its tokenizer, where config.json names no other"""
@@ -53,35 +56,46 @@ class AdambaConfig:
         return dataclasses.asdict(self)
 
 
+class StoredData(TypedDict, total=False):
+    """The data section of a checkpoint's config.json, as far as others than the run look at it."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    tokenizer: str | None
+
+
+class StoredConfig(TypedDict, total=False):
+    """`config.json` of a checkpoint: the sections of the run, the model's among them."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    model: Required[JsonObject]
+    data: StoredData
+    train: JsonObject
+    gates: JsonObject
+    elastic: JsonObject
+    tokenizer_hash: str | None
+    run_id: str
+
+
 def model_config_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
-    """A ModelConfig from a checkpoint's `config.json`. Raises ConfigError naming what is unknown or missing."""
+    """A ModelConfig from a checkpoint's `config.json`. Raises ConfigError naming what is unknown or of another type."""
     known = {entry.name for entry in dataclasses.fields(ModelConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(
             f"{source}: unknown model setting {unknown[0]}; this version knows {', '.join(sorted(known))}"
         )
-    values = dict(values)
-    try:
-        if values.get("nest") is not None:
-            values["nest"] = [NestRow(**row) for row in values["nest"]]
-        config = ModelConfig(**values)
-        config.check()
-    except TypeError as error:
-        raise ConfigError(f"{source}: the model section is damaged ({error}); restore the file") from None
+    config = check_value(values, ModelConfig, source, ConfigError, "restore the file", "the model section")
+    config.check()
     return config
 
 
-def read_run_config(folder: str | Path) -> dict[str, Any]:
+def read_run_config(folder: str | Path) -> StoredConfig:
     """`FOLDER/config.json`, which has a model section. Raises ConfigError."""
     path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}); give a folder that holds a checkpoint") from None
+    values = read_json(path, Any, ConfigError, "it cannot be read as JSON: give a folder that holds a checkpoint")
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ConfigError(f"{path}: has no `model` section; give a folder that holds a canonical checkpoint")
-    return values
+    return check_value(values, StoredConfig, str(path), ConfigError, "restore the file")
 
 
 def read_model_config(folder: str | Path) -> ModelConfig:
@@ -96,8 +110,6 @@ def find_tokenizer(folder: Path) -> str | None:
     Raises ConfigError where config.json cannot be read.
     """
     values = read_run_config(folder)
-    data = values.get("data")
-    named = data.get("tokenizer") if isinstance(data, dict) else None
-    named = named if isinstance(named, str) else None
+    named = values.get("data", {}).get("tokenizer")
     names = [*([] if named is None else [Path(named.removeprefix("tiktoken:")).name]), *TOKENIZER_FILES]
     return next((str(folder / name) for name in names if os.path.isfile(folder / name)), named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -10,16 +11,21 @@ from megatron_adamba.errors import ConfigError
 
 LONGEST_NAME = 200
 """bytes, so that what is added while it is written fits too"""
+LARGEST = 2**31 - 1
+"""what sizes and counts are held against: a larger one is a slip of the hand, and would be waited for"""
 
 
 def positive(flag: str, value: float) -> None:
-    if value <= 0:
+    """Above 0 and finite; whole numbers up to `LARGEST`."""
+    if not 0 < value < math.inf:
         raise ConfigError(f"{flag} {value}: must be above 0, for example {flag} 1")
+    if isinstance(value, int) and value > LARGEST:
+        raise ConfigError(f"{flag} {value}: must be at most {LARGEST}, for example {flag} 1")
 
 
 def in_range(flag: str, value: float, low: float, high: float) -> None:
-    """Both ends included."""
-    if not low <= value <= high:
+    """Both ends included, but for infinity."""
+    if not low <= value <= high or not math.isfinite(value):
         raise ConfigError(f"{flag} {value}: must lie between {low} and {high}, for example {flag} {low}")
 
 
@@ -39,6 +45,12 @@ def folder_to_write(flag: str, path: str) -> None:
         there = os.path.dirname(there)
     if not os.path.isdir(there):
         raise ConfigError(f"{flag}: {there} is no folder; for example {flag} {os.path.dirname(there)}/NAME")
+
+
+def below_one(flag: str, value: float) -> None:
+    """From 0 on, 1 excluded."""
+    if not 0 <= value < 1:
+        raise ConfigError(f"{flag} {value}: must lie between 0 and 1, 1 itself excluded, for example {flag} 0.9")
 
 
 def one_of(flag: str, value: object, allowed: Iterable[object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_adamba.config.rules import in_range, one_of, positive
+from megatron_adamba.config.rules import below_one, in_range, one_of, positive
 from megatron_adamba.errors import ConfigError
 
 
@@ -123,6 +123,8 @@ class DataConfig:
     """of a FILE.tiktoken: encoding that it was made with, or regular expression; null takes what its name says"""
     prompt_end: str | None = None
     """text of the token that ends a document's prompt, at its first place in each; null: documents have no prompt"""
+    allow_new_order: bool = False
+    """a resumed run whose seed, sequence length or documents changed reads the new order from its first sample"""
 
 
 @dataclass
@@ -163,6 +165,7 @@ class TrainConfig:
             one_of("--train.phase", self.phase, (1, 2, 3))
         for name in ("gradient_clipping", "eval_interval"):
             in_range(f"--train.{name}", getattr(self, name), 0, float("inf"))
+        in_range("--train.seed", self.seed, 0, 2**63 - 1)
 
 
 @dataclass
@@ -207,9 +210,15 @@ class OptimizerConfig:
         one_of("--optimizer.schedule", self.schedule, ("cosine", "wsd", "constant"))
         for name in ("lr", "muon_lr", "eps"):
             positive(f"--optimizer.{name}", getattr(self, name))
-        for name in ("beta1", "beta2", "muon_momentum", "decay_fraction", "min_lr_ratio", "old_lr_scale"):
+        for name in ("embedding_lr", "head_lr", "vector_lr"):
+            if getattr(self, name) is not None:
+                in_range(f"--optimizer.{name}", getattr(self, name), 0, float("inf"))
+        for name in ("beta1", "beta2", "muon_momentum"):
+            below_one(f"--optimizer.{name}", getattr(self, name))
+        for name in ("decay_fraction", "min_lr_ratio", "old_lr_scale"):
             in_range(f"--optimizer.{name}", getattr(self, name), 0, 1)
-        in_range("--optimizer.warmup_steps", self.warmup_steps, 0, float("inf"))
+        for name in ("warmup_steps", "weight_decay"):
+            in_range(f"--optimizer.{name}", getattr(self, name), 0, float("inf"))
 
 
 @dataclass
@@ -250,6 +259,8 @@ class CheckpointConfig:
     """training goes on as soon as weights and optimizer state are copied to host memory; needs that memory"""
     init_from: str | None = None
     """canonical checkpoint (RUN/model, or what surgery wrote): a fresh start takes its weights, model and tokenizer"""
+    verify: bool = True
+    """hold what init_from gives against its checksums; costs one more pass over its bytes"""
     resume: str = "never"
     """auto (the latest of the run's folder, or a fresh start) | never | a checkpoint folder"""
 

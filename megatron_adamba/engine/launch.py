@@ -9,21 +9,17 @@ import gc
 import importlib
 import logging
 import os
-import socket
-import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_adamba.errors import ConfigError, LostRankError
+from megatron_adamba.engine.environment import complete_environment
+from megatron_adamba.engine.environment import first_host as first_host
 from megatron_adamba.ops.host_memory import keep_freed_pages
 
 _TIMEOUT = datetime.timedelta(minutes=30)
-_PATIENCE = 0.3
-"""seconds in which ranks that lost a connection find each other; launchers end a job within a second"""
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,9 @@ def start_distributed() -> RankInfo:
 
     Raises ConfigError where the launcher's variables contradict each other.
     """
-    _complete_environment()
+    complete_environment()
     cuda = torch.cuda.is_available()
     if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_pages()
     deepspeed = import_deepspeed()
     backend = "nccl" if cuda else "gloo"
@@ -61,6 +56,8 @@ def start_distributed() -> RankInfo:
 
 def import_deepspeed():
     """DeepSpeed, quiet, and with its C++ shared-memory collectives off: building them needs a compiler and minutes."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # torch 2.13 renames a collective that DeepSpeed and torch 2.9 know by its old name
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
@@ -86,43 +83,31 @@ def _spare_the_collector() -> None:
         atexit.register(gc.unfreeze)
 
 
-@contextlib.contextmanager
-def lost_ranks_named(info: RankInfo) -> Iterator[None]:
-    """Turns a collective that failed because a rank is gone into a LostRankError that says which."""
-    try:
-        yield
-    except (RuntimeError, dist.DistError) as error:
-        if not _is_lost_connection(error):
-            raise
-        gone = _missing_ranks(info)
-        logging.getLogger("megatron_adamba").error("lost a connection", exc_info=error)
-        names = f"rank {', '.join(map(str, gone))}" if gone else "another rank"
-        raise LostRankError(
-            f"{names} ended without a word (killed, out of memory, or its machine is gone): its log is in RUN/logs; "
-            f"start again with --resume auto",
-            first_survivor=0 in gone or info.rank == 0,
-        ) from None
+class JobBoard:
+    """Words that every rank of a job can write and read, in the job's store; where that is gone, nothing is there."""
 
+    def __init__(self) -> None:
+        default = importlib.import_module("torch.distributed.distributed_c10d")._get_default_store()
+        # the store's own connection may be busy for as long as a rank waits for others
+        self._store = default.clone()
 
-def _is_lost_connection(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistNetworkError) or any(
-        mark in text for mark in ("gloo/transport", "Connection closed by", "Connection reset by", "ncclRemote")
-    )
+    def write(self, topic: str, text: str) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            self._store.set(f"adamba/{topic}", text)
 
+    def read(self, topic: str) -> str | None:
+        key = f"adamba/{topic}"
+        try:
+            return self._store.get(key).decode() if self._store.check([key]) else None
+        except (RuntimeError, ValueError):
+            return None
 
-def _missing_ranks(info: RankInfo) -> list[int]:
-    """Ranks that do not answer: whoever lost a connection says so in the job's store, and waits for the others to."""
-    try:
-        store = importlib.import_module("torch.distributed.distributed_c10d")._get_default_store()
-        missing = lambda: [rank for rank in range(info.world_size) if not store.check([f"adamba/alive/{rank}"])]
-        store.set(f"adamba/alive/{info.rank}", "1")
-        if missing():
-            time.sleep(_PATIENCE)
-        return missing()
-    except (RuntimeError, ValueError, AttributeError):
-        # the first rank keeps the store of a job without an agent
-        return [0] if info.rank else []
+    def written(self, topics: list[str]) -> set[str] | None:
+        """Which of them are there; None where the store is gone."""
+        try:
+            return {topic for topic in topics if self._store.check([f"adamba/{topic}"])}
+        except (RuntimeError, ValueError):
+            return None
 
 
 def stop_distributed() -> None:
@@ -133,40 +118,5 @@ def stop_distributed() -> None:
 
 def world_size_from_environment() -> int:
     """Ranks that the launcher started, before anything is set up."""
-    _complete_environment()
+    complete_environment()
     return int(os.environ["WORLD_SIZE"])
-
-
-def _complete_environment() -> None:
-    """Fill RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        env.setdefault("LOCAL_RANK", env["RANK"])
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-        if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "127.0.0.1"))
-    else:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", "29500")
-    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
-        raise ConfigError(f"RANK {env['RANK']}: must be below WORLD_SIZE {env['WORLD_SIZE']}; start through a launcher")
-
-
-def first_host(node_list: str) -> str:
-    """First name of a SLURM node list: `node[03-07,12]` gives node03."""
-    head, bracket, rest = node_list.partition("[")
-    if not bracket:
-        return node_list.split(",")[0]
-    if "," in head:
-        return head.split(",")[0]
-    return head + rest.rstrip("]").split(",")[0].split("-")[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.config.sections import OptimizerConfig
@@ -88,10 +89,25 @@ class ElasticOptimizer(torch.optim.AdamW):
         self.skip_step = False
         self._slow: dict[Tensor, Tensor] = {}
         self._slow_factor = 1.0
+        self._parts: dict[Tensor, list[tuple[slice, Tensor]]] = {}
+        """of tensors whose parameters have made different numbers of steps: each part and its own count"""
 
     def slow_down(self, masks: dict[Tensor, Tensor], factor: float) -> None:
         """masks: of tensors that are stepped, where their updates count `factor`."""
         self._slow, self._slow_factor = masks, factor
+
+    def set_steps(self, flat: Tensor, counts: Sequence[tuple[slice, int]]) -> None:
+        """How many steps the state of a tensor has seen, part by part, as bias correction (arXiv 1412.6980 section 3)
+        goes by a parameter's own count. counts: of every part that belongs to a parameter."""
+        state = self.state[flat]
+        if "step" not in state:
+            return
+        different = {count for _, count in counts}
+        state["step"].fill_(float(max(different, default=0)))
+        self._parts.pop(flat, None)
+        if len(different) > 1:
+            scalar = lambda count: torch.tensor(float(count), device=flat.device)
+            self._parts[flat] = [(part, scalar(count)) for part, count in _joined(counts)]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -108,7 +124,11 @@ class ElasticOptimizer(torch.optim.AdamW):
     def _step_groups(self) -> None:
         groups = self.param_groups
         try:
-            self.param_groups = [group for group in groups if not group["use_muon"]]
+            self.param_groups = [
+                {**group, "params": [p for p in group["params"] if p not in self._parts]}
+                for group in groups
+                if not group["use_muon"]
+            ]
             if self.param_groups:
                 super().step()
         finally:
@@ -116,6 +136,32 @@ class ElasticOptimizer(torch.optim.AdamW):
         for group in groups:
             if group["use_muon"]:
                 self._muon_step(group)
+                continue
+            for p in group["params"]:
+                if p in self._parts and p.grad is not None:
+                    self._step_parts(p, group)
+
+    def _step_parts(self, p: Tensor, group: dict[str, Any]) -> None:
+        """The same AdamW on views, so that each has its own bias correction."""
+        state, parts = self.state[p], self._parts[p]
+        views = lambda tensor: [tensor.detach().view(-1)[part] for part, _ in parts]
+        beta1, beta2 = group["betas"]
+        adamw(
+            views(p),
+            views(p.grad),
+            views(state["exp_avg"]),
+            views(state["exp_avg_sq"]),
+            [],
+            [count for _, count in parts],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         params, specs = [p for p in group["params"] if p.numel()], group["specs"]
@@ -179,6 +225,17 @@ class ElasticOptimizer(torch.optim.AdamW):
         gathered = own.new_empty(ranks, max(sizes))
         dist.all_gather_into_tensor(gathered.view(-1), padded, group=self.topology.group("tp"))
         return list(gathered)
+
+
+def _joined(counts: Sequence[tuple[slice, int]]) -> list[tuple[slice, int]]:
+    """Neighbours of the same count as one."""
+    joined: list[tuple[slice, int]] = []
+    for part, count in sorted(counts, key=lambda entry: entry[0].start):
+        if joined and joined[-1][1] == count and joined[-1][0].stop == part.start:
+            joined[-1] = (slice(joined[-1][0].start, part.stop), count)
+        elif part.stop > part.start:
+            joined.append((part, count))
+    return joined
 
 
 def _apply(p: Tensor, update: Tensor, group: dict[str, Any]) -> None:

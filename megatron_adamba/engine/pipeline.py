@@ -89,6 +89,7 @@ class ChunkRunner:
             self.loads[block] = self.loads.get(block, 0) + load
         self.losses[index] += own.detach().float()
         if chunk.head:
+            out = out if one.share is None else out * one.share
             self.losses[index] += out.detach().float()
             if taps is not None:
                 self.taps.append(taps)
@@ -154,6 +155,8 @@ class PipelineSession(TrainingSession):
     def __init__(self, model: AdambaModel, *args: Any, stages: StagePlan, elsewhere: Sequence[ParamSpec]) -> None:
         """elsewhere: what other stages train and this one does not hold. Everything else as in `TrainingSession`."""
         self.stages, self._elsewhere = stages, elsewhere
+        self._agreed = False, False
+        """of the last step: not finite, refused"""
         self._fillers = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(9))
         super().__init__(model, *args)
 
@@ -209,15 +212,16 @@ class PipelineSession(TrainingSession):
         micro_steps = list(micro_steps)
         self.runner.begin(micro_steps)
         self.engine.train_batch(_nothing())
-        skipped, self.optimizer.skip_step = self.optimizer.skip_step, False
+        (skipped, refused), self.optimizer.skip_step = self._agreed, False
         norm = float("nan") if skipped else float(self.engine.get_global_grad_norm())
         losses = self.runner.losses
         dist.all_reduce(losses, group=self.topology.group("pp"))
-        return StepReport(StepResult(norm, skipped), losses, self._loads(), self.runner.taps)
+        return StepReport(StepResult(norm, skipped, refused), losses, self._loads(), self.runner.taps)
 
     def _before_step(self) -> None:
         self._losses_finite = torch.isfinite(self.runner.losses).all()
-        self.optimizer.skip_step = self._not_finite(gradient_tensors(self.engine))
+        self._agreed = self._agree(gradient_tensors(self.engine))
+        self.optimizer.skip_step = any(self._agreed)
 
     def _loads(self) -> dict[int, Tensor]:
         config = self.module.config

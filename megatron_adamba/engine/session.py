@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ class StepResult:
     grad_norm: float
     """global norm before clipping; nan where the step was skipped for not being finite"""
     skipped: bool
+    """the loss or a gradient was not finite"""
+    refused: bool = False
+    """a rank said that its weights may not change (`ask_before_update`): nothing of the step counts"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class MicroStep:
     plan: ElasticPlan
     taps: TapRequest | None = None
     """states to keep; over a pipeline all passes of a step ask for the same"""
+    share: Tensor | None = None
+    """scalar on the device: the micro-batch's scored tokens over the mean of the step's micro-batches; None is 1"""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,11 @@ class TrainingSession:
         self.micro_steps = ds_config["gradient_accumulation_steps"]
         self._done = 0
         self._losses_finite = True
+        self._may_update: Callable[[], bool] = lambda: True
+
+    def ask_before_update(self, may_update: Callable[[], bool]) -> None:
+        """may_update: asked on every rank when a step's gradients are there; one no, and no rank steps."""
+        self._may_update = may_update
 
     def _parameter_groups(self, model: AdambaModel, optimizer: OptimizerConfig, apart: str | None) -> list[dict]:
         return parameter_groups(model, self.specs, optimizer, apart)
@@ -161,23 +171,24 @@ class TrainingSession:
         them is not finite."""
         assert self._done == self.micro_steps, "step comes after the last micro-batch"
         grads = gradient_tensors(self.engine)
-        skipped = self._not_finite(grads)
+        skipped, refused = self._agree(grads)
         norm = self._plain_norm(grads) if self.stage == 0 else None
-        self.optimizer.skip_step = skipped
+        self.optimizer.skip_step = skipped or refused
         self.engine.step()
         self.optimizer.skip_step = False
         self._done, self._losses_finite = 0, True
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return StepResult(float("nan") if skipped else float(norm), skipped)
+        return StepResult(float("nan") if skipped else float(norm), skipped, refused)
 
-    def _not_finite(self, grads: list[Tensor]) -> bool:
-        """Whether a loss or gradient of this step is not finite on any rank of the job."""
+    def _agree(self, grads: list[Tensor]) -> tuple[bool, bool]:
+        """Whether a loss or gradient of this step is not finite on any rank of the job; whether any refuses to step."""
         finite = all_finite(grads, self.rank_info.device) & self._losses_finite
-        flag = finite.to(torch.float32).reshape(1)
+        flags = torch.stack([finite.float(), torch.full_like(finite, self._may_update(), dtype=torch.float32)])
         if self.rank_info.world_size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return flag.item() == 0
+            dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+        finite_everywhere, allowed = flags.tolist()
+        return not finite_everywhere, not allowed
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The optimizer group of a trainable parameter."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,27 +60,83 @@ def _placements(session: TrainingSession) -> dict[str, Placement]:
     return {spec.name: placement(spec, *session.module.share_of(spec)) for spec in session.specs}
 
 
-def restore(session: TrainingSession, folder: Path, optimizer_steps: int) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class Restored:
+    """What became of optimizer state, by tensor; of all pipeline stages together."""
+
+    kept: list[str]
+    reset: list[str]
+    """trains, and the checkpoint holds none of its state, or that of another optimizer"""
+    dropped: list[str]
+    starts: dict[str, int]
+    """optimizer step at which a parameter's state began, where that is not the run's first"""
+
+
+def restore(
+    session: TrainingSession, folder: Path, optimizer_steps: int, starts: Mapping[str, int] | None = None
+) -> Restored:
     """Fill weights and optimizer state from a training checkpoint of any layout.
 
-    optimizer_steps: how often the optimizer has stepped. Returns what happened to optimizer state, by name:
-    {"kept": [...], "reset": [...], "dropped": [...]}.
+    The state of a parameter is taken whole or begins anew, with a step count of its own. optimizer_steps: how often the
+    optimizer has stepped; starts: as the checkpoint was saved with.
     """
     held = held_dtypes(folder)
     exact = {name for name, dtype in held.items() if name.startswith(WEIGHT_PREFIX) and dtype == torch.float32}
     session.frozen.make_room(session.module, {name.removeprefix(WEIGHT_PREFIX) for name in exact})
     fragments = training_fragments(session)
-    wanted = {name: part for name, part in fragments.items() if name in held or name.startswith(WEIGHT_PREFIX)}
-    dropped = load_fragments(folder, wanted)
-    if session.topology.size("pp") > 1:
-        dropped = _asked_by_nobody(dropped, session.topology.group("pp"))
+    trained = {name: parameter for name, parameter in session.module.named_parameters() if parameter.requires_grad}
+    states = _states_held(held)
+    kept = [name for name, parameter in trained.items() if states.get(name) == set(_state_keys(session, parameter))]
+    taken = {WEIGHT_PREFIX + name for name, _ in session.module.named_parameters()}
+    taken |= {f"{key}/{name}" for name in kept for key in _state_keys(session, trained[name])}
+    dropped = load_fragments(folder, {name: part for name, part in fragments.items() if name in taken})
+    group = session.topology.group("pp") if session.topology.size("pp") > 1 else None
+    if group is not None:
+        dropped = _asked_by_nobody(dropped, group)
+        kept = _of_all_stages(kept, group)
     session.frozen.refresh(session.module)
-    for state in session.optimizer.state.values():
-        if "step" in state:
-            state["step"].fill_(float(optimizer_steps))
+    begun = {name: start for name, start in (starts or {}).items() if name in kept}
+    everyone = list(trained) if group is None else _of_all_stages(list(trained), group)
+    begun |= dict.fromkeys(set(everyone) - set(kept), optimizer_steps) if optimizer_steps else {}
+    _set_steps(session, {name: optimizer_steps - begun.get(name, 0) for name in trained})
     _refresh_low_precision(session)
-    kept = sorted(name for name in wanted if not name.startswith(WEIGHT_PREFIX))
-    return {"kept": kept, "reset": sorted(set(fragments) - set(wanted)), "dropped": dropped}
+    tensors = [f"{key}/{name}" for name, parameter in trained.items() for key in _state_keys(session, parameter)]
+    tensors = tensors if group is None else _of_all_stages(tensors, group)
+    took = [name for name in tensors if name.partition("/")[2] in kept]
+    return Restored(sorted(took), sorted(set(tensors) - set(took)), dropped, begun)
+
+
+def _states_held(held: Iterable[str]) -> dict[str, set[str]]:
+    """Parameter -> keys of its optimizer state in a checkpoint."""
+    states: dict[str, set[str]] = {}
+    for key in held:
+        kind, _, name = key.partition("/")
+        if f"{kind}/" != WEIGHT_PREFIX:
+            states.setdefault(name, set()).add(kind)
+    return states
+
+
+def _set_steps(session: TrainingSession, counts: Mapping[str, int]) -> None:
+    """counts: steps that each trained parameter's state has seen."""
+    by_flat: dict[Tensor, list[tuple[slice, int]]] = {}
+    for name, parameter in session.module.named_parameters():
+        piece = trained_piece(session, parameter) if name in counts else None
+        if piece is not None:
+            part = slice(piece.low, piece.low + piece.numel)
+            by_flat.setdefault(piece.flat, []).append((part, counts[name]))
+    for flat, parts in by_flat.items():
+        session.optimizer.set_steps(flat, parts)
+    for flat, state in session.optimizer.state.items():
+        if "step" in state and flat not in by_flat:
+            # a partition of padding, or of a filler
+            state["step"].fill_(float(max(counts.values(), default=0)))
+
+
+def _of_all_stages(names: list[str], group: dist.ProcessGroup) -> list[str]:
+    """Names of this pipeline stage and of the others."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, names, group=group)
+    return sorted(set().union(*everyone))
 
 
 def _asked_by_nobody(names: list[str], group: dist.ProcessGroup | None) -> list[str]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from typing_extensions import TypedDict
 
 from megatron_adamba.blueprint.gates import gate_manifest
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import load_into
+from megatron_adamba.checkpoint.offline import check_weights, open_checkpoint
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.root import find_tokenizer, read_model_config, read_run_config
+from megatron_adamba.config.root import find_tokenizer, read_run_config
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.config.sections import GatesConfig, default_predictor
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,6 +24,14 @@ from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.layers.gates import Gates
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.ops.host_memory import keep_freed_pages
+from megatron_adamba.schema import Size, check_value
+
+
+class _Elastic(TypedDict, total=False):
+    """Of the run's elastic section what gates are read by."""
+
+    width_sampling: str | None
+    min_exit_layer: Size | None
 
 
 @dataclass
@@ -44,10 +54,12 @@ class LoadedModel:
         return GateReading.of(self.gate_config)
 
 
-def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | None = None) -> LoadedModel:
+def load_model(
+    folder: str | Path, dtype: str = "bf16", device: torch.device | None = None, verify: bool = True
+) -> LoadedModel:
     """Read config.json, the weights and the tokenizer. Raises CheckpointError, TokenizerError, ConfigError.
 
-    dtype: bf16 | fp32.
+    dtype: bf16 | fp32; verify: hold tensors against their checksums, where the folder has them.
     """
     one_of("--dtype", dtype, ("bf16", "fp32"))
     folder = Path(folder)
@@ -56,24 +68,22 @@ def load_model(folder: str | Path, dtype: str = "bf16", device: torch.device | N
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_pages()
-    try:
-        config = read_model_config(folder)
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from None
+    # shapes first: what a damaged config asks for may not fit into any memory
+    config, _ = check_weights(open_checkpoint(folder))
     tokenizer = _tokenizer(folder, config)
     model = AdambaModel(config, device="meta").to_empty(device="cpu")
-    load_into(model, folder, elsewhere={spec.name for spec in gate_manifest(config)})
+    load_into(model, folder, elsewhere={spec.name for spec in gate_manifest(config)}, verify=verify)
     model.to(device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     model.requires_grad_(False).eval()
-    gates = _gates(folder, config, device)
+    gates = _gates(folder, config, device, verify)
     return LoadedModel(model, gates, *_gate_config(folder, config), tokenizer, device)
 
 
-def _gates(folder: Path, config: ModelConfig, device: torch.device) -> Gates | None:
+def _gates(folder: Path, config: ModelConfig, device: torch.device, verify: bool) -> Gates | None:
     if not config.gate_size:
         return None
     gates = Gates(config, device="meta").to_empty(device="cpu")
-    load_into(gates, folder, elsewhere={spec.name for spec in manifest(config)})
+    load_into(gates, folder, elsewhere={spec.name for spec in manifest(config)}, verify=verify)
     return gates.to(device).requires_grad_(False).eval()
 
 
@@ -81,16 +91,18 @@ def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
     """The gates section of the run, and its earliest exit. Raises CheckpointError."""
     run = read_run_config(folder)
     values, known = run.get("gates", {}), {entry.name for entry in fields(GatesConfig)}
+    kept = {name: value for name, value in values.items() if name in known}
+    where = str(folder / "config.json"), CheckpointError, "restore the file"
+    gates = check_value(kept, GatesConfig, *where, "the gates section")
+    elastic = check_value(run.get("elastic", {}), _Elastic, *where, "the elastic section")
     try:
-        gates = GatesConfig(**{name: value for name, value in values.items() if name in known})
         gates.check()
-        elastic = run.get("elastic", {})
-        if gates.predictor is None:
-            gates = replace(gates, predictor=default_predictor(elastic.get("width_sampling")))
-        first = elastic.get("min_exit_layer") or earliest_exit(config.num_layers)
-        return gates, min(int(first), config.num_layers)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: the gates section is damaged ({error})") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{where[0]}: the gates section is damaged ({error}); restore the file") from None
+    if gates.predictor is None:
+        gates = replace(gates, predictor=default_predictor(elastic.get("width_sampling")))
+    first = elastic.get("min_exit_layer") or earliest_exit(config.num_layers)
+    return gates, min(first, config.num_layers)
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:

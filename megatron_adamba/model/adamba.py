@@ -110,20 +110,24 @@ class AdambaModel(nn.Module):
         reduction: str = "mean",
         statistics: RouterStatistics | None = None,
         taps: Taps | None = None,
+        share: Tensor | None = None,
     ) -> Tensor:
         """Mean loss in nats (scalar), or logits [batch, seq, vocab] in fp32 where no labels are given.
 
         tokens, labels: [batch, seq] int64, label -100 unscored; seq_idx: [batch, seq] int32 document numbers or None;
         plan: None is full width to the last layer; all_take_part: blocks above the exit run on zero tokens, so that
         their parameters have a gradient of zero; statistics: filled by the routers, whose auxiliary losses are part of
-        the mean loss; taps: filled by the pass, which then takes a mean loss; reduction "none" gives each position's
-        loss, [batch, seq], without gradient.
+        the mean loss; taps: filled by the pass, which then takes a mean loss; share: scalar, what the mean over the
+        scored tokens counts in the step, beside routers' losses that count 1; None is 1; reduction "none" gives each
+        position's loss, [batch, seq], without gradient.
         """
         plan = plan or full_plan(self.config)
         statistics = RouterStatistics() if statistics is None else statistics
         context = self.training_context(tokens, seq_idx, accumulation, statistics)
         out = self.run_chunk(self.chunks[0], None, tokens, labels, context, plan, all_take_part, reduction, taps)
-        return out if out.dim() > 1 else out + statistics.total()
+        if out.dim() > 1:
+            return out
+        return (out if share is None else out * share) + statistics.total()
 
     def run_chunk(
         self,

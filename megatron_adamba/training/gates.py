@@ -51,12 +51,12 @@ class GateTrainer:
         self.optimizer = torch.optim.AdamW(self.gates.parameters(), lr=setup.gates.lr, weight_decay=0.0)
         self.reading = GateReading.of(setup.gates)
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str, verify: bool = True) -> None:
         """The gates of a canonical checkpoint, where it has some. Raises CheckpointError."""
         names = {spec.name for spec in gate_manifest(self.setup.model)}
         held = set(read_index(Path(folder)))
         if names & held:
-            load_into(self.gates, Path(folder), elsewhere=held - names)
+            load_into(self.gates, Path(folder), elsewhere=held - names, verify=verify)
 
     @property
     def writes(self) -> bool:
@@ -77,15 +77,18 @@ class GateTrainer:
                 fragments[f"{key}{name}"] = Fragment(tensor.view(-1), 0, Placement(shape, shape))
         return fragments
 
-    def restore(self, folder: Path, steps: int) -> None:
-        """From a training checkpoint that has the gates; steps: that were made with them. Where it holds no optimizer
-        state, as one that was made from a model, that begins anew. Raises CheckpointError."""
+    def restore(self, folder: Path, steps: int) -> bool:
+        """From a training checkpoint that has the gates; steps: that were made with them. Optimizer state is taken
+        whole, or begins anew where the checkpoint lacks any of it, as one that was made from a model does: returns
+        whether it was taken. Raises CheckpointError."""
         fragments, held = self.fragments(), held_dtypes(folder)
-        wanted = {name: part for name, part in fragments.items() if name in held or name.startswith(WEIGHT_PREFIX)}
+        whole = fragments.keys() <= held.keys()
+        wanted = fragments if whole else {k: part for k, part in fragments.items() if k.startswith(WEIGHT_PREFIX)}
         # in a pipeline, only the ranks with the head come here
         load_fragments(folder, wanted, alone=True)
         for state in self.optimizer.state.values():
-            state["step"].fill_(float(steps if len(wanted) == len(fragments) else 0))
+            state["step"].fill_(float(steps if whole else 0))
+        return whole
 
     def learn(
         self, plans: Sequence[ElasticPlan], taps: Sequence[Taps], spans: Sequence[Tensor], lr_factor: float = 1.0

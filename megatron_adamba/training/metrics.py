@@ -4,67 +4,97 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.errors import ConfigError
+from megatron_adamba.files import as_storage_error, write_atomically
+
+SET_ASIDE = "metrics-set-aside.jsonl"
+"""beside metrics.jsonl: lines of steps that were taken again, of runs before, and lines that cannot be read"""
 
 
 class MetricsWriter:
-    """One JSON object a line, flushed at once; a resumed run drops lines from steps that will be taken again."""
+    """One JSON object a line, flushed at once; a resumed run sets lines from steps that it takes again aside."""
 
     def __init__(self, config: AdambaConfig, run_dir: Path, first_step: int) -> None:
+        """Raises StorageError, as `write` and `close` do, where the disk is full or refuses to be written to."""
         self.path = run_dir / "metrics.jsonl"
-        _truncate(self.path, first_step, first_step >= config.train.steps)
-        self._file = open(self.path, "a")  # noqa: SIM115 - lives as long as the run
+        with _disk(self.path):
+            _cut_back(self.path, first_step, first_step >= config.train.steps)
+            self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the run
         self._board = _tensorboard(run_dir, first_step) if config.logging.tensorboard else None
         self._wandb = _wandb(config, run_dir) if config.logging.wandb_project else None
 
     def write(self, record: dict[str, Any]) -> None:
         """record: has `step`; values that are not finite become null, as JSON has no word for them."""
         clean = {key: _finite(value) for key, value in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
         numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float)) and key != "step"}
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, record["step"])
+        with _disk(self.path):
+            self._file.write(json.dumps(clean).encode() + b"\n")
+            self._file.flush()
+            if self._board is not None:
+                for key, value in numbers.items():
+                    self._board.add_scalar(key, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with _disk(self.path):
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise as_storage_error(error, str(error.filename or path)) or error from None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text().splitlines():
+    """All records that can be read; a line cut short by a kill, or damaged, is left out."""
+    return [record for record, _ in _lines(path) if record is not None]
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+    """Each line's record, None where it is none, and its bytes without the end."""
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        sound = isinstance(record, dict) and type(record.get("step")) is int
+        yield record if sound else None, line
 
 
-def _truncate(path: Path, first_step: int, final: bool) -> None:
+def _cut_back(path: Path, first_step: int, final: bool) -> None:
+    """Leaves the lines up to `first_step`, none for 0; all others go to the end of `metrics-set-aside.jsonl`."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record.get("step", 0) <= first_step] if first_step else []
-    if final:
-        # a finished run that is started again evaluates its last step once more
-        of_it = lambda record: (
-            record["step"] == first_step and not record.keys().isdisjoint(("eval_width", "eval_exit"))
-        )
-        kept = [record for record in kept if not of_it(record)]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    aside.replace(path)
+    kept, aside = [], []
+    for record, line in _lines(path):
+        keep = record is not None and 0 < record["step"] <= first_step
+        if keep and final and record["step"] == first_step:
+            # a finished run that is started again evaluates its last step once more
+            keep = record.keys().isdisjoint(("eval_width", "eval_exit"))
+        (kept if keep else aside).append(line + b"\n")
+    if aside:
+        with open(path.with_name(SET_ASIDE), "ab") as stream:
+            stream.writelines(aside)
+            stream.flush()
+            os.fsync(stream.fileno())
+        write_atomically(path, b"".join(kept))
 
 
 def _finite(value: Any) -> Any:

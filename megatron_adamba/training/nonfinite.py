@@ -1,12 +1,15 @@
-"""Naming the first tensor that is not finite, once a run has to stop for it."""
+"""Naming the first tensor that is not finite, once a run has to stop for it, and a way on that can work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from megatron_adamba.config.sections import OptimizerConfig
 
 
 def first_bad_tensor(module: nn.Module, names: Sequence[str], run_batch: Callable[[], None]) -> str:
@@ -22,6 +25,17 @@ def first_bad_tensor(module: nn.Module, names: Sequence[str], run_batch: Callabl
         return f"weight {min(found, key=names.index)}"
     outputs = [name for name in _gather(_first_bad_output(module, run_batch)) if name is not None]
     return f"output of {outputs[0]}" if outputs else "a gradient (weights and outputs are finite)"
+
+
+def way_on(kept: Sequence[Path], optimizer: OptimizerConfig) -> str:
+    """Flags with which the run may get past the step: going on as before would meet it again. kept: the run's own
+    checkpoints, oldest first."""
+    names = ["lr", "muon_lr"] if optimizer.name == "muon" else ["lr"]
+    usual = OptimizerConfig()
+    # a rate that blew up within a run is halved, one beyond all use goes to the usual one
+    rates = {name: min(getattr(optimizer, name) / 2, getattr(usual, name)) for name in names}
+    flags = " ".join(f"--optimizer.{name} {rate:g}" for name, rate in rates.items())
+    return f"--resume {kept[0]} {flags}" if kept else f"a fresh start with {flags}"
 
 
 def _gather(value: Any) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import uuid
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.phases import frozen_specs
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.blueprint.stages import StagePlan, plan_stages
-from megatron_adamba.checkpoint.training import together
+from megatron_adamba.checkpoint.training import from_first_rank, together
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.ds_config import (
     bf16_enabled,
@@ -23,9 +24,11 @@ from megatron_adamba.config.ds_config import (
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import default_predictor
 from megatron_adamba.data.blend import build_dataset, open_dataset
+from megatron_adamba.data.order import data_order
 from megatron_adamba.data.packed import EvaluationBatches, evaluation_batches
 from megatron_adamba.data.tokenizer import Tokenizer
 from megatron_adamba.elastic.sampler import PlanSampler, earliest_exit
+from megatron_adamba.engine.ds_schema import check_ds_config
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.launch import RankInfo
 from megatron_adamba.engine.old_weights import slow_old_weights
@@ -77,6 +80,14 @@ class Run:
     """where the model has gates"""
     gates: GateTrainer | None = None
     """on the ranks with its head"""
+    resume_from: list[Path] = field(default_factory=list)
+    """checkpoints to go on from, best first; none for a fresh start"""
+    data_order: dict[str, Any] = field(default_factory=dict)
+    """of `data.order`"""
+    optimizer_starts: dict[str, int] = field(default_factory=dict)
+    """optimizer step at which a parameter's state began, where that is not the first"""
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """told apart by it: what this run wrote, by way of its first rank, and what others did"""
 
     @property
     def run_dir(self) -> Path:
@@ -92,6 +103,8 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
         raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
     pattern = config.model.block_pattern
     raw = read_ds_config(parsed.deepspeed_config)
+    if parsed.deepspeed_config is not None:
+        check_ds_config(raw, f"--deepspeed_config {parsed.deepspeed_config}")
     stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
     grid = RankGrid(world_size, config.parallel.tp, config.parallel.pp, config.parallel.ep)
@@ -130,9 +143,9 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
         moe_layer=moe_layer_for(topology, _experts_train(plan)),
         chunks=plan.stages.chunks_of(topology.place("pp")),
     )
-    history = []
-    if config.checkpoint.init_from is not None and find_resume(config) is None:
-        history = load_start(model, config.checkpoint.init_from)
+    history, resume_from = [], from_first_rank(lambda: find_resume(config))
+    if config.checkpoint.init_from is not None and not resume_from:
+        history = load_start(model, config.checkpoint.init_from, config.checkpoint.verify)
     else:
         model.initialize(config.train.seed)
     frozen = freeze_groups(model, plan.specs, config.train.freeze, config.train.phase)
@@ -145,8 +158,9 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     if setup is not None and topology.place("pp") == plan.stages.loss_rank:
         gates = GateTrainer(setup, topology, rank_info.device)
         if config.checkpoint.init_from is not None:
-            gates.load(config.checkpoint.init_from)
-    return Run(plan, session, dataset, sampler, validation, frozen, history, setup, gates)
+            gates.load(config.checkpoint.init_from, config.checkpoint.verify)
+    order = from_first_rank(lambda: data_order(dataset))
+    return Run(plan, session, dataset, sampler, validation, frozen, history, setup, gates, resume_from, order)
 
 
 def _with_gates(config: AdambaConfig) -> AdambaConfig:

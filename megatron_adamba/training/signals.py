@@ -1,31 +1,145 @@
-"""SIGTERM and SIGINT as a request to save and stop at the next step."""
+"""Signals as a request to stop and save, on every rank, within the half minute that launchers leave a job."""
 
 from __future__ import annotations
 
 import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from megatron_adamba.engine.launch import JobBoard
+from megatron_adamba.errors import StoppedBySignal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""of launchers, keyboards, closing terminals, and what SLURM sends before a time limit (sbatch --signal)"""
+SECONDS_LEFT = 30
+"""between the signal that deepspeed, torchrun and srun pass on and their SIGKILL"""
+_GRACE, _PAUSE = 2.0, 0.5
+"""seconds that the loop has to come to the end of its step by itself; seconds between looks"""
+_TOPIC = "stop"
 
 
 class StopRequest:
-    """While entered, signals set `requested`; a second SIGINT interrupts at once."""
+    """While entered, signals set `requested`, here and within seconds on all other ranks.
 
-    def __init__(self) -> None:
+    The loop ends at the end of its step and saves. Where a step takes longer than the grace, a thread of each rank
+    saves the state as it stood before that step, which no rank then completes, and ends its process: `interruptible` is
+    where that may happen, `may_update` what every rank asks before its weights change.
+    """
+
+    def __init__(
+        self,
+        save: Callable[[], Path],
+        board: JobBoard,
+        say: Callable[[str], None],
+        leave: Callable[[StoppedBySignal], None],
+    ) -> None:
+        """save: every rank calls it with the same counters, from whichever thread; say: to people, on one rank; leave:
+        ends the process."""
         self.requested: str | None = None
+        self._save, self._board, self._say, self._leave = save, board, say, leave
+        self._lock = threading.Lock()
+        self._interruptible = self._begun = False
+        self._saved: Path | None = None
+        self._failure: BaseException | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
+        for number in SIGNALS:
+            # nohup and others that ignore a signal mean it
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._note)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._closing.set()
         if kind is not None and issubclass(kind, RuntimeError):
             # a rank that fails is told to end by its launcher within a second, and has something to say first
             return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Work that leaves weights, optimizer state and counters as they are, unless `may_update` is called in it."""
+        with self._lock:
+            self._interruptible = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._interruptible = False
+
+    def may_update(self) -> bool:
+        """Whether this rank's state may change now; asked once a step, and only if all ranks say yes it does."""
+        with self._lock:
+            self._interruptible = False
+            return not self._begun
+
+    def finish(self) -> Path:
+        """Save, or wait for the thread that does; the checkpoint's folder. Every rank calls it. Raises what saving
+        raised."""
+        with self._lock:
+            begun, self._begun = self._begun, True
+        if not begun:
+            self._saved = self._save()
+        while self._saved is None and self._failure is None:
+            time.sleep(_PAUSE / 10)
+        if self._failure is not None:
+            raise self._failure
+        return self._saved
+
+    @property
+    def heard(self) -> bool:
+        """Whether any rank was asked to stop, as far as this one can know."""
+        self.requested = self.requested or self._board.read(_TOPIC)
+        return self.requested is not None
+
+    def stopped(self, folder: Path) -> StoppedBySignal:
+        """What ends the run."""
+        return StoppedBySignal(f"{self.requested or 'a signal'}: saved {folder}; go on with --resume auto")
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+
+    def _watch(self) -> None:
+        while not self._closing.wait(_PAUSE):
+            if self.requested is None:
+                self.requested = self._board.read(_TOPIC)
+            if self.requested is None:
+                continue
+            self._board.write(_TOPIC, self.requested)
+            self._say(
+                f"{self.requested}: saves and stops at the end of this step, or as it stood before it where that is "
+                f"more than {_GRACE:.0f} s away (launchers kill a job {SECONDS_LEFT} s after they pass a signal on)"
+            )
+            break
+        if self._closing.wait(_GRACE):
+            return
+        while not self._closing.wait(_PAUSE / 10):
+            with self._lock:
+                if self._begun:
+                    return
+                if self._interruptible:
+                    self._begun = True
+                    break
+        if self._begun:
+            self._save_and_leave()
+
+    def _save_and_leave(self) -> None:
+        try:
+            saved = self._save()
+        except BaseException as error:
+            # the loop raises it when it comes to the end of its step
+            self._failure = error
+            return
+        # the main thread may be in the middle of anything
+        self._leave(self.stopped(saved))

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import read_history
+from megatron_adamba.checkpoint.keeping import complete_folders, step_folders, step_of
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
 from megatron_adamba.checkpoint.training import latest_checkpoint, together
 from megatron_adamba.config.root import AdambaConfig, read_run_config
@@ -24,25 +25,46 @@ def checkpoint_root(config: AdambaConfig) -> Path:
     return Path(config.logging.run_dir) / "checkpoints"
 
 
-def find_resume(config: AdambaConfig) -> Path | None:
-    """The checkpoint that `--checkpoint.resume` asks for, None for a fresh start.
+def find_resume(config: AdambaConfig) -> list[Path]:
+    """Checkpoints that `--checkpoint.resume` asks for: the first of them that is whole counts. Empty: a fresh start.
 
-    Raises CheckpointError where it is not there, ConfigError where a fresh start would write over an earlier run.
+    `auto` takes what `latest` names, or the newest, then older ones, then newer ones. Raises CheckpointError where
+    there is nothing to go on from, ConfigError where a run would write over what another one left.
     """
-    wanted = config.checkpoint.resume
-    if wanted == "never":
-        if latest_checkpoint(checkpoint_root(config)) is not None:
-            raise ConfigError(
-                f"--logging.run_dir {config.logging.run_dir}: holds checkpoints of an earlier run; go on with "
-                f"--resume auto, or give another folder, for example --logging.run_dir {config.logging.run_dir}-2"
-            )
-        return None
+    wanted, root = config.checkpoint.resume, checkpoint_root(config)
     if wanted == "auto":
-        return latest_checkpoint(checkpoint_root(config))
+        latest = latest_checkpoint(root)
+        if latest is None:
+            return []
+        rest = [path for path in reversed(complete_folders(root)) if path != latest]
+        return [latest, *sorted(rest, key=lambda path: step_of(path) > step_of(latest))]
+    held = step_folders(root)
+    if wanted == "never":
+        if held:
+            raise ConfigError(f"{_held(config)}; go on with --resume auto, or give another folder, {_another(config)}")
+        return []
     folder = Path(wanted)
     if not folder.is_dir():
         raise CheckpointError(f"--resume {wanted}: no such folder; try --resume auto")
-    return folder
+    if held and not in_own_root(config, folder):
+        raise ConfigError(
+            f"{_held(config)}, and --resume {wanted} is not one of them; give a run that goes on from elsewhere a "
+            f"folder of its own, {_another(config)}, or go on here with --resume auto"
+        )
+    return [folder]
+
+
+def in_own_root(config: AdambaConfig, folder: Path) -> bool:
+    """Whether a checkpoint lies in the run's own folder."""
+    return folder.resolve().parent == checkpoint_root(config).resolve()
+
+
+def _held(config: AdambaConfig) -> str:
+    return f"--logging.run_dir {config.logging.run_dir}: holds checkpoints of an earlier run"
+
+
+def _another(config: AdambaConfig) -> str:
+    return f"for example --logging.run_dir {config.logging.run_dir}-2"
 
 
 def check_start(folder: str, tokenizer: Tokenizer) -> None:
@@ -58,17 +80,17 @@ def check_start(folder: str, tokenizer: Tokenizer) -> None:
         raise TokenizerError(f"{FLAG} {folder}: was trained with another tokenizer; leave --data.tokenizer out")
 
 
-def load_start(model: AdambaModel, folder: str) -> list[dict[str, Any]]:
+def load_start(model: AdambaModel, folder: str, verify: bool = True) -> list[dict[str, Any]]:
     """Fill every parameter with this rank's share of the checkpoint's tensors; all ranks fail where one does.
 
-    Returns the checkpoint's history.
+    verify: hold tensors against their checksums. Returns the checkpoint's history.
 
     Raises CheckpointError where files are damaged, ConfigError where the checkpoint holds another model.
     """
-    return together(lambda: _load(model, Path(folder)))
+    return together(lambda: _load(model, Path(folder), verify))
 
 
-def _load(model: AdambaModel, folder: Path) -> list[dict[str, Any]]:
+def _load(model: AdambaModel, folder: Path, verify: bool) -> list[dict[str, Any]]:
     opened, config = open_checkpoint(folder), model.config
     if not opened.config.get("model", {}).get("gate_size"):
         # gates that the checkpoint does not have begin with this run
@@ -83,5 +105,6 @@ def _load(model: AdambaModel, folder: Path) -> list[dict[str, Any]]:
                 f"--model settings out that differ from {folder / 'config.json'}"
             )
     here = {spec.name for spec in model.specs}
-    load_into(model, folder, lambda name, whole: model.share(specs[name], whole), elsewhere=specs.keys() - here)
+    share = lambda name, whole: model.share(specs[name], whole)
+    load_into(model, folder, share, elsewhere=specs.keys() - here, verify=verify)
     return read_history(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,27 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
+from megatron_adamba.checkpoint.keeping import checkpoint_name, complete_folders
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
+from megatron_adamba.data.packed import UNSCORED
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
+from megatron_adamba.engine.launch import JobBoard
 from megatron_adamba.engine.session import MicroStep, StepReport
-from megatron_adamba.errors import NonFiniteError, StoppedBySignal, StorageError
+from megatron_adamba.errors import AdambaError, NonFiniteError, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
-from megatron_adamba.files import as_storage_error
 from megatron_adamba.training.checkpointing import resume, start_saving, write_final_model
 from megatron_adamba.training.freeze import frozen_names
+from megatron_adamba.training.learning_watch import LearningWatch
 from megatron_adamba.training.metrics import MetricsWriter
-from megatron_adamba.training.nonfinite import first_bad_tensor
+from megatron_adamba.training.nonfinite import first_bad_tensor, way_on
 from megatron_adamba.training.peak import matmul_rate
 from megatron_adamba.training.progress import ProgressView
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.run_tokenizer import saving_with_tokenizer
 from megatron_adamba.training.schedule import learning_rate_factor
 from megatron_adamba.training.signals import StopRequest
-from megatron_adamba.training.start import find_resume
+from megatron_adamba.training.start import checkpoint_root
 
 MOST_EXITS = 8
 """exit layers that an evaluation looks at"""
@@ -41,7 +45,8 @@ MOST_EXITS = 8
 class Trainer:
     """Runs a `Run` from its checkpoint or the start to its last step, on every rank alike."""
 
-    def __init__(self, run: Run, console: Console) -> None:
+    def __init__(self, run: Run, console: Console, leave: Callable[[AdambaError], None]) -> None:
+        """leave: ends the process, from whichever thread."""
         self.run, self.console = run, console
         self.config, self.session = run.plan.config, run.session
         self.rank_info = run.session.rank_info
@@ -52,7 +57,9 @@ class Trainer:
         self.dp, self.dp_rank = topology.size("dp"), topology.place("dp")
         self.accumulation = self.num_micro_batches // self.dp
         self.counters = {"step": 0, "consumed_samples": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0}
-        self.counters["gate_steps"] = 0
+        self.counters |= {"gate_steps": 0, "order_start": 0}
+        self.sound_counters = dict(self.counters)
+        """as they stood when weights last changed, or were loaded: behind a streak of skipped steps they still hold"""
         self.log = logging.getLogger("megatron_adamba")
         self.ranks_per_replica = topology.size("model")
         self.costs = training_costs(self.config.model, train.seq_len, frozen_names(self.config.model, train))
@@ -63,6 +70,11 @@ class Trainer:
         self.loads: dict[int, Tensor] = {}
         self.write_failure: Exception | None = None
         self.saver = BackgroundSaver(saving_group(), saving_with_tokenizer(run.plan.tokenizer))
+        self.saved: tuple[int, Path] | None = None
+        """step and folder of the last checkpoint"""
+        self.stop = StopRequest(self._save, JobBoard(), self._say, leave)
+        self.session.ask_before_update(self.stop.may_update)
+        self.watch: LearningWatch | None = None
 
     @property
     def first_rank(self) -> bool:
@@ -77,15 +89,18 @@ class Trainer:
         self._maybe_resume()
         steps = self.config.train.steps
         self.started, self.first_step = time.perf_counter(), self.counters["step"]
+        warmup = self.config.optimizer.warmup_steps
+        self.watch = LearningWatch(self.config.model.vocab_size, self.first_step, warmup, steps)
         self.peak = matmul_rate(torch.bfloat16 if self.run.plan.bf16 else torch.float32, self.device)
         writer = together(self._open_metrics)
         view = ProgressView(self.console, steps, self.counters["step"], self.config.logging.progress)
         try:
-            with StopRequest() as stop:
+            with self.stop, self._stopped_behind_lost_ranks():
                 with self._loader() as batches:
                     while self.counters["step"] < steps:
                         self._one_step(batches, writer, view)
-                        self._after_step(stop, writer)
+                        self._after_step(writer)
+                self.sound_counters = dict(self.counters)
                 saved = self._save()
                 rows = self.evaluate(writer)
                 write_final_model(self.run, saved)
@@ -95,24 +110,34 @@ class Trainer:
                 writer.close()
         return rows
 
+    @contextmanager
+    def _stopped_behind_lost_ranks(self) -> Iterator[None]:
+        """Ranks that a signal stopped beside a long step may be gone before this one hears of it."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if isinstance(error, AdambaError) or not self.stop.heard:
+                raise
+            raise self.stop.stopped(self.stop.finish()) from None
+
     def _open_metrics(self) -> MetricsWriter | None:
         if not self.first_rank:
             return None
         return MetricsWriter(self.config, self.run.run_dir, self.counters["step"])
 
     def _maybe_resume(self) -> None:
-        folder = find_resume(self.config)
-        if folder is None:
+        if not self.run.resume_from:
             return
-        counters, lines = resume(self.run, folder)
-        self.counters |= counters
-        for line in lines:
+        resumed = resume(self.run, self.run.resume_from)
+        self.counters |= resumed.counters
+        self.sound_counters = dict(self.counters)
+        for line in resumed.lines:
             self._say(line)
-        self._say(f"resumed from {folder} at step {self.counters['step']}")
+        self._say(f"resumed from {resumed.folder} at step {self.counters['step']}")
 
     def _loader(self) -> MicroBatchLoader:
         train = self.config.train
-        base = self.counters["consumed_samples"]
+        base = self.counters["consumed_samples"] - self.counters["order_start"]
 
         def first_sample(number: int) -> int:
             step, index = divmod(number, self.accumulation)
@@ -129,7 +154,10 @@ class Trainer:
         self.session.set_learning_rates(factor)
         self.flops, self.labels = 0.0, {}
         plans, spans = [], []
-        report = self.session.train_step(self._micro_steps(batches, step, plans, spans))
+        with self.stop.interruptible():
+            report = self.session.train_step(self._micro_steps(batches, step, plans, spans))
+        if report.result.refused:
+            raise self.stop.stopped(self.stop.finish())
         self.loads = report.loads
         errors = self._train_gates(plans, spans, report, factor)
         passes = report.losses.view(self.accumulation, self.run.sampler.passes)
@@ -137,11 +165,15 @@ class Trainer:
         self.counters["step"] += 1
         self.counters["consumed_samples"] += train.global_batch_size
         self._count(report.result.skipped)
+        if not self.counters["skipped_in_a_row"]:
+            self.sound_counters = dict(self.counters)
         seconds = time.perf_counter() - start
         record = self._record(mean, "+".join(self.labels), factor, report.result, seconds) | errors
         logged = self.counters["step"] % self.config.logging.interval == 0 or self.counters["step"] == train.steps
         if logged and self.loads:
             record["expert_load"] = self._expert_load()
+        if warning := self.watch.look(self.counters["step"], record["loss"]):
+            self._say(warning)
         if self.first_rank:
             view.update(record, logged)
             if logged:
@@ -169,8 +201,9 @@ class Trainer:
     ) -> Iterator[MicroStep]:
         """Every pass of this replica's micro-batches; plans and documents are put on record."""
         setup = self.run.gate_setup
-        for index in range(self.accumulation):
-            batch = self.last_batch = next(batches)
+        of_step = [next(batches) for _ in range(self.accumulation)]
+        for index, (batch, share) in enumerate(zip(of_step, self._shares(of_step))):
+            self.last_batch = batch
             number = index * self.dp + self.dp_rank
             taps = None
             begun = setup is not None and setup.begun(step)
@@ -186,7 +219,15 @@ class Trainer:
                 self.labels[plan.label] = None
                 self._count_flops(plan)
                 plans.append(plan)
-                yield MicroStep(**self._inputs(batch), plan=plan, taps=taps)
+                yield MicroStep(**self._inputs(batch), plan=plan, taps=taps, share=share)
+
+    def _shares(self, batches: list[MicroBatch]) -> Tensor:
+        """[micro-batches]: scored tokens of each, over the mean of all micro-batches of the step on all replicas; 1
+        exactly where all have as many. No host sync."""
+        counts = torch.tensor([int((batch["labels"] != UNSCORED).sum()) for batch in batches], dtype=torch.float64)
+        counts = counts.to(self.device)
+        mean = self.session.mean_over_ranks(counts.mean())
+        return (counts / mean.clamp(min=1e-9)).float()
 
     def _expert_load(self) -> dict[str, list[float]]:
         """By block: each expert's share of the choices in this step, times the number of experts; 1 is balanced."""
@@ -246,35 +287,41 @@ class Trainer:
         try:
             writer.write(record)
         except OSError as error:
-            self.write_failure = as_storage_error(error, str(writer.path)) or error
+            self.write_failure = error
 
-    def _after_step(self, stop: StopRequest, writer: MetricsWriter | None) -> None:
+    def _after_step(self, writer: MetricsWriter | None) -> None:
         train, step = self.config.train, self.counters["step"]
-        if self.counters["skipped_in_a_row"] >= train.nonfinite_patience:
+        streak = self.counters["skipped_in_a_row"]
+        if streak >= train.nonfinite_patience:
             self._stop_for_nonfinite()
         interval = self.config.checkpoint.interval
         if train.eval_interval and step % train.eval_interval == 0 and step < train.steps:
             self.evaluate(writer)
-        marks = [stop.requested is not None, self.write_failure is not None, self.saver.failed]
+        marks = [self.stop.requested is not None, self.write_failure is not None, self.saver.failed]
         stopped, failed, unsaved = self.session.any_rank(marks)
         if unsaved:
             self.saver.finish()
         if failed:
             raise self.write_failure or StorageError("rank 0 could not write its metrics; free some space")
         if stopped:
-            folder = self._save()
-            raise StoppedBySignal(f"{stop.requested or 'a signal'}: saved {folder}; go on with --resume auto")
-        if interval and step % interval == 0 and step < train.steps:
-            start_saving(self.run, self.saver, self.counters)
+            raise self.stop.stopped(self.stop.finish())
+        # inside a streak of skipped steps nothing is saved, or the checkpoints before it would have to go
+        if interval and step % interval == 0 and step < train.steps and not streak:
+            self._start_saving()
             if not self.config.checkpoint.asynchronous:
                 self.saver.finish()
 
+    def _start_saving(self) -> None:
+        counters = self.sound_counters
+        start_saving(self.run, self.saver, counters)
+        self.saved = counters["step"], checkpoint_root(self.config) / checkpoint_name(counters["step"])
+
     def _save(self) -> Path:
-        """The checkpoint of this step, finished."""
-        start_saving(self.run, self.saver, self.counters)
-        saved = self.saver.finish()
-        assert saved is not None
-        return saved
+        """The checkpoint of the last step that changed weights, finished."""
+        if self.saved is None or self.saved[0] != self.sound_counters["step"]:
+            self._start_saving()
+        self.saver.finish()
+        return self.saved[1]
 
     def _stop_for_nonfinite(self) -> None:
         plan = self.run.sampler.plan(self.counters["step"] - 1, 0)
@@ -285,9 +332,12 @@ class Trainer:
 
         names = [spec.name for spec in self.run.plan.specs]
         name = first_bad_tensor(self.session.module, names, run_batch)
+        self.saver.finish()
+        kept = complete_folders(checkpoint_root(self.config))
         raise NonFiniteError(
             f"loss or gradient not finite in {self.counters['skipped_in_a_row']} steps in a row, up to step "
-            f"{self.counters['step']}; first bad tensor: {name}; try a lower --optimizer.lr, or --resume auto"
+            f"{self.counters['step']}; first bad tensor: {name}; going on unchanged would end here again: try "
+            f"{way_on(kept, self.config.optimizer)}"
         )
 
     def evaluate(self, writer: MetricsWriter | None) -> list[EvaluationRow]:
@@ -301,7 +351,8 @@ class Trainer:
             plans += exit_plans(model, sampler.min_exit_layer, MOST_EXITS)
         self.session.engine.eval()
         forward = self.session.position_losses
-        rows = evaluate_plans(forward, model, self.run.validation, plans, self.device, self.run.session.topology)
+        with self.stop.interruptible():
+            rows = evaluate_plans(forward, model, self.run.validation, plans, self.device, self.run.session.topology)
         self.session.engine.train()
         if writer is not None:
             for row in rows:
@@ -318,5 +369,5 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.first_rank:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         self.log.info(text)

@@ -23,6 +23,7 @@ from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.old_weights import old_places, slow_old_weights
 from megatron_adamba.engine.session import MicroStep, TrainingSession
+from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.model.taps import TapRequest
 from megatron_adamba.parallel.expert import expert_parallel
@@ -115,10 +116,18 @@ def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + number)
     tokens = torch.randint(0, VOCAB, (2, SEQ_LEN + 1), generator=generator)
     labels = tokens[:, 1:].clone()
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    # micro-batches differ much in what they score, and the step's loss is the mean over all of it
+    labels[torch.rand(labels.shape, generator=generator) < 0.2 + 0.2 * number] = -100
     starts = torch.rand(2, SEQ_LEN, generator=generator) < 0.15
     starts[:, 0] = False
     return {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": starts.cumsum(1, dtype=torch.int32)}
+
+
+def shares_of(step: int, numbers: range) -> list[torch.Tensor]:
+    """What micro-batches of these numbers count in a step."""
+    scored = lambda number: int((micro_batch(step, number)["labels"] != -100).sum())
+    mean = sum(scored(number) for number in range(MICRO_BATCHES)) / MICRO_BATCHES
+    return [torch.tensor(scored(number) / mean) for number in numbers]
 
 
 def plain_curve(
@@ -131,7 +140,8 @@ def plain_curve(
 def plain_curve_of(config: AdambaConfig, freeze: list[str], steps: int, skew: float = 0.0) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, from one model, torch's clipping and torch's AdamW; no engine of anybody's.
 
-    A trainable parameter that no micro-batch touched has a gradient of zero.
+    The loss of a step is its mean over all scored tokens, plus routers' losses, which are means over micro-batches. A
+    trainable parameter that no micro-batch touched has a gradient of zero.
     """
     model = build_model(config, freeze, skew)
     specs = {spec.name: spec for spec in manifest(config.model)}
@@ -157,10 +167,14 @@ def plain_curve_of(config: AdambaConfig, freeze: list[str], steps: int, skew: fl
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         total = 0.0
+        counts = [int((micro_batch(step, number)["labels"] != -100).sum()) for number in range(MICRO_BATCHES)]
         for number in range(MICRO_BATCHES):
             for k in range(sampler.passes):
                 plan = sampler.micro_batch_plan(step, number, MICRO_BATCHES, k)
-                loss = model(**micro_batch(step, number), plan=plan) / (MICRO_BATCHES * sampler.passes)
+                statistics = RouterStatistics()
+                mean = model(**micro_batch(step, number), plan=plan, statistics=statistics)
+                routers = statistics.total() / MICRO_BATCHES
+                loss = ((mean - statistics.total()) * counts[number] / sum(counts) + routers) / sampler.passes
                 loss.backward()
                 total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trained, config.train.gradient_clipping).item()
@@ -271,11 +285,16 @@ def take_steps(
     dp, dp_rank = session.topology.size("dp"), session.topology.place("dp")
     accumulation = MICRO_BATCHES // dp
     curve = []
+    numbers = range(dp_rank, accumulation * dp, dp)
     for step in range(first, last):
         session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
         report = session.train_step(
-            MicroStep(**micro_batch(step, number), plan=sampler.micro_batch_plan(step, number, MICRO_BATCHES, k))
-            for number in range(dp_rank, accumulation * dp, dp)
+            MicroStep(
+                **micro_batch(step, number),
+                plan=sampler.micro_batch_plan(step, number, MICRO_BATCHES, k),
+                share=share,
+            )
+            for number, share in zip(numbers, shares_of(step, numbers))
             for k in range(sampler.passes)
         )
         curve.append((session.mean_over_ranks(report.losses.mean()).item(), report.result.grad_norm))

@@ -109,11 +109,15 @@ def test_damaged_checkpoint(data, finished, tmp_path, damage):
         named = f"{damage}.json"
         (folder / named).write_text("{")
     before = (run / "metrics.jsonl").read_text()
-    fails([*arguments(data, run, train__steps=12), "--resume", "auto"], 5, named)
+    fails([*arguments(data, run, train__steps=12), "--resume", str(folder)], 5, named)
     assert (run / "metrics.jsonl").read_text() == before
-    # the one before it still loads
-    (run / "checkpoints" / "latest").write_text("step-00000005")
-    assert "at step 5" in train(1, [*arguments(data, run, train__steps=12), "--resume", "auto"]).stdout
+    # of the run's own the one before it serves, and that is said
+    done = train(1, [*arguments(data, run, train__steps=12), "--resume", "auto"])
+    passed = next(line for line in done.stdout.splitlines() if line.startswith("WARNING: passed over"))
+    assert str(folder) in passed and named in passed and "at step 5" in done.stdout
+    assert (run / "checkpoints" / "set-aside" / folder.name / "files.json").exists()
+    again = [json.loads(line)["step"] for line in (run / "metrics-set-aside.jsonl").read_text().splitlines()]
+    assert {6, 7, 8, 9, 10} == set(again) and set(losses(run)) == set(range(1, 13))
 
 
 def test_checkpoint_of_another_model(data, finished, tmp_path):
