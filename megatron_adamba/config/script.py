@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,12 +15,28 @@ from typing import NoReturn, TextIO
 from megatron_adamba.errors import AdambaError, ConfigError, StorageError
 
 INTERRUPTED, READER_GONE = 130, 141
+_RUN_FLAG = re.compile(
+    r"(?<![\w-])(?<!pretrain_adamba\.py )--"
+    r"(?=(?:model|elastic|gates|data|train|optimizer|parallel|checkpoint|logging)\.\w|depth\b)"
+)
+_FLAG = re.compile(r"(?<![\w-])(?<!\.py )--([a-z][\w.-]*)")
 PATH_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def run_script(main: Callable[[list[str]], int]) -> None:
-    """Runs `main` on the command line's words and exits with what it returns.
+def as_settings(text: str) -> str:
+    """A message in which what are flags of a run alone, `--model.hidden_size`, are settings, as files hold them."""
+    return _RUN_FLAG.sub("", text)
+
+
+def without_flags(text: str) -> str:
+    """A message for those who have no command line: `top_p` for `--top-p`."""
+    return _FLAG.sub(lambda found: found[1].replace("-", "_"), text)
+
+
+def run_script(main: Callable[[list[str]], int], reworded: Callable[[str], str] = as_settings) -> None:
+    """Runs `main` on the command line's words and exits with what it returns. reworded: what messages go through, so
+    that they name no flag that the script has not.
 
     An `AdambaError` becomes `error: ...` on stderr and its class's exit code; a full disk or one that refuses to be
     written to counts as `StorageError`, a path that leads nowhere as `ConfigError`, Ctrl-C exits with 130. A reader
@@ -30,7 +47,7 @@ def run_script(main: Callable[[list[str]], int]) -> None:
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at the interpreter's end
         sys.exit(code)
     except AdambaError as error:
-        _fail(str(error), error.exit_code)
+        _fail(reworded(str(error)), error.exit_code)
     except BrokenPipeError:
         _discard(sys.stdout)
         sys.exit(READER_GONE)
