@@ -42,8 +42,9 @@ Optimizer state stays behind.
 
 To training: fp32 weights, no optimizer state, counters at 0; `pretrain_adamba.py --resume DST` starts from it and
 reports the optimizer state as reset. --tp and --dp name the layout whose ranks' files are written; a run of any layout
-reads them. Rank dp_rank * tp + tp_rank writes __RANK_0.distcp: its tensor-parallel shard of every tensor, of that the dp_rank-th of dp
-equal runs of elements (as ZeRO 3 cuts parameters); what tensor parallelism leaves whole goes to tp_rank 0 alone.
+reads them. Rank dp_rank * tp + tp_rank writes __RANK_0.distcp: its tensor-parallel shard of every tensor, of that the
+dp_rank-th of dp equal runs of elements (as ZeRO 3 cuts parameters); what tensor parallelism leaves whole goes to
+tp_rank 0 alone.
 """
 VERIFY = """Check a checkpoint; prints OK, or the first damage and exits with 5.
 

@@ -61,9 +61,8 @@ def _resolve_attention(config: ModelConfig) -> ModelConfig:
     if config.head_dim % 2:
         raise ConfigError(f"--model.head_dim {config.head_dim}: RoPE needs an even number; try {config.head_dim + 1}")
     steps = config.head_dim_steps
-    if steps is not None and (
-        steps != sorted(set(steps)) or steps[-1:] != [config.head_dim] or any(n % 2 for n in steps)
-    ):
+    even = steps is None or (steps and steps[0] > 0 and not any(n % 2 for n in steps))
+    if not even or (steps is not None and (steps != sorted(set(steps)) or steps[-1] != config.head_dim)):
         raise ConfigError(
             f"--model.head_dim_steps {steps}: must be even numbers that ascend to head_dim; try [{config.head_dim}]"
         )

@@ -1,0 +1,86 @@
+"""Launchers' variables, without starting anything."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_adamba.engine.environment import complete_environment, first_rank
+from megatron_adamba.errors import ConfigError
+
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_NODELIST": "node[1-8]"}
+STEP = BATCH | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "node[3-6]"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+
+
+def completed(**variables: str) -> tuple[str, str, str, str]:
+    env = dict(variables)
+    complete_environment(env)
+    return env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["MASTER_ADDR"]
+
+
+def test_a_batch_script_is_one_process_and_srun_is_many(capsys):
+    assert completed(**BATCH) == ("0", "1", "0", "127.0.0.1")
+    assert "the allocation has 8 tasks" in capsys.readouterr().err
+    assert completed(**STEP) == ("5", "8", "1", "node3")
+    assert completed(**STEP | {"SLURM_STEP_NUM_TASKS": "6"}) == ("5", "6", "1", "node3")
+    # srun --pty bash in a larger allocation
+    assert completed(**STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == ("0", "1", "0", "127.0.0.1")
+
+
+def test_open_mpi_and_mpich():
+    assert completed(**OPEN_MPI) == ("3", "4", "3", "127.0.0.1")
+    pmi = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1", "MASTER_ADDR": "node1"}
+    assert completed(**pmi) == ("1", "2", "0", "node1")
+    # mpirun starts its daemons by srun
+    assert completed(**STEP | OPEN_MPI) == ("3", "4", "3", "127.0.0.1")
+    with pytest.raises(ConfigError, match="mpirun -x MASTER_ADDR"):
+        completed(**OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    assert not first_rank(OPEN_MPI) and first_rank(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_empty_variable_counts_as_none(name):
+    assert completed(**{name: ""}) == ("0", "1", "0", "127.0.0.1")
+    assert completed(**{name: " "}) == ("0", "1", "0", "127.0.0.1")
+    assert completed(**STEP | {name: ""}) == ("5", "8", "1", "node3")
+    assert first_rank({name: ""})
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1.5"}, "LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "http"}, "MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "MASTER_PORT 70000"),
+        (STEP | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE 0"),
+    ],
+)
+def test_what_is_no_number_or_cannot_be_is_named(variables, name):
+    with pytest.raises(ConfigError, match=name):
+        completed(**variables)
+
+
+def test_jobs_of_one_machine_have_ports_of_their_own():
+    ports = set()
+    for job in range(40):
+        for step in ("0", "1"):
+            env = STEP | {"SLURM_JOB_ID": str(1000 + job), "SLURM_STEP_ID": step}
+            other = dict(env) | {"SLURM_PROCID": "2"}
+            complete_environment(env)
+            complete_environment(other)
+            assert env["MASTER_PORT"] == other["MASTER_PORT"] and 15000 <= int(env["MASTER_PORT"]) < 29500
+            ports.add(env["MASTER_PORT"])
+    assert len(ports) > 75
+    env = STEP | {"MASTER_PORT": "4711"}
+    complete_environment(env)
+    assert env["MASTER_PORT"] == "4711"

@@ -1,0 +1,91 @@
+"""A run that blows up: nothing is saved inside the streak of bad steps, and what it advises works."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+from training.runs import arguments, losses, train, write_corpus
+
+from megatron_adamba.config.sections import OptimizerConfig
+from megatron_adamba.training.learning_watch import LearningWatch
+from megatron_adamba.training.nonfinite import way_on
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def test_good_checkpoints_outlive_the_streak_and_the_advice_works(data, tmp_path):
+    run = tmp_path / "run"
+    train(1, arguments(data, run, train__steps=4, checkpoint__interval=1))
+    blown = {"optimizer__lr": "1e30", "optimizer__warmup_steps": 0, "train__nonfinite_patience": 4}
+    words = arguments(data, run, train__steps=30, checkpoint__interval=1, **blown)
+    done = train(1, [*words, "--resume", "auto"], check=False)
+    assert done.returncode == 7
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    skipped = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    # the last step that was taken may be saved, those of the streak are not
+    assert len(kept) == 2 and max(skipped) - int(kept[-1].removeprefix("step-")) == 4
+    advice = shlex.split(re.search(r"try (--resume .*)$", line)[1])
+    assert advice[1].endswith(kept[0])
+    again = dict(zip(advice[::2], advice[1::2]))
+    words = arguments(data, run, train__steps=8, checkpoint__interval=1, optimizer__warmup_steps=0)
+    index = words.index("--train.steps")
+    done = train(1, [*words[:index], *words[index:], *(word for pair in again.items() for word in pair)])
+    assert max(losses(run)) == 8
+
+
+def test_a_signal_inside_a_streak_saves_the_last_good_step(data, tmp_path):
+    """Weights have not changed since: the checkpoint is that of the step before the streak."""
+    import signal
+
+    from training.test_signals import start, wait_until
+
+    run = tmp_path / "run"
+    train(1, arguments(data, run, train__steps=3, checkpoint__interval=0))
+    blown = {"optimizer__lr": "1e30", "optimizer__warmup_steps": 0, "train__nonfinite_patience": 100000}
+    words = arguments(data, run, train__steps=100000, checkpoint__interval=0, **blown)
+    processes = start(1, [*words, "--resume", "auto"])
+    log = run / "logs" / "rank-0.log"
+    wait_until(processes, lambda: "not finite" in log.read_text())
+    processes[0].send_signal(signal.SIGTERM)
+    processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 8
+    saved = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
+    first_skipped = int(re.search(r"step (\d+): loss or gradient is not finite", log.read_text())[1])
+    assert saved == first_skipped - 1
+    state = json.loads((run / "checkpoints" / f"step-{saved:08}" / "state.json").read_text())
+    assert state["counters"]["skipped_in_a_row"] == 0
+
+
+def test_the_way_on_names_what_can_work(tmp_path):
+    kept = [tmp_path / "step-00000100", tmp_path / "step-00000200"]
+    assert way_on(kept, OptimizerConfig(lr=4e-4)) == f"--resume {kept[0]} --optimizer.lr 0.0002"
+    assert way_on([], OptimizerConfig(lr=1e30)) == "a fresh start with --optimizer.lr 0.001"
+    assert way_on(kept, OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02)).endswith(
+        "--optimizer.lr 0.0005 --optimizer.muon_lr 0.01"
+    )
+
+
+def test_a_run_that_guesses_is_told():
+    watch = LearningWatch(256, 0, 10, 1000)
+    said = [watch.look(step, 5.545 if step % 2 else float("nan")) for step in range(1, 1001)]
+    assert [step for step, text in enumerate(said, 1) if text] == [210]
+    assert "5.5450" in said[209] and "ln(vocabulary) = 5.5452" in said[209]
+    watch = LearningWatch(256, 0, 10, 1000)
+    assert not any(watch.look(step, 5.4) for step in range(1, 1001))
+    # one that learnt, and fell back
+    watch = LearningWatch(256, 0, 10, 1000)
+    said = [watch.look(step, 3.0 if step < 300 else 5.6) for step in range(1, 1001)]
+    assert [step for step, text in enumerate(said, 1) if text] == [610]
+
+
+def test_a_stuck_run_says_so(data, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(data, run, train__steps=60, optimizer__lr="1e-12", checkpoint__interval=0, logging__interval=60)
+    assert "the model learns nothing" in train(1, words).stdout
