@@ -77,9 +77,9 @@ def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
             prompt, answer = (tokenizer.encode(str(values[name])) for name in ("prompt", "answer"))
             items.append(Item((tokenizer.eod_id, *prompt), (*answer, tokenizer.eod_id)))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"--items {path}: {error}") from None
     if not items:
-        raise DataError(f"{path}: holds no items")
+        raise DataError(f"--items {path}: holds no items")
     return items
 
 

@@ -34,6 +34,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
         "surgery.py import nanochat",
     ),
     "megatron_adamba/inference/": ("generate.py",),
+    "megatron_adamba/inference/items.py": ("evaluate.py",),
     "megatron_adamba/inference/serving/limits.py": ("serve.py",),
     "megatron_adamba/checkpoint/offline.py": ("checkpoint.py convert",),
     "megatron_adamba/surgery/canonical_source.py": (),
