@@ -21,8 +21,11 @@ OURS = {
 _NOT_OURS_TO_READ = {"optimizer": "--optimizer.*", "scheduler": "--optimizer.schedule"}
 
 
-def default_ds_config() -> dict[str, Any]:
-    """What runs when no file is given: ZeRO 1, bf16 with fp32 master weights and fp32 gradient sums."""
+def default_ds_config(bf16: bool = True) -> dict[str, Any]:
+    """What runs when no file is given: ZeRO 1, bf16 with fp32 master weights and fp32 gradient sums; fp32 where the
+    machine has no bf16."""
+    if not bf16:
+        return {"zero_optimization": {"stage": 1}}
     return {
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -30,10 +33,13 @@ def default_ds_config() -> dict[str, Any]:
     }
 
 
-def read_ds_config(path: str | None) -> dict[str, Any]:
-    """The user's file, or the default. Raises ConfigError when it is missing or not a JSON object."""
+def read_ds_config(path: str | None, bf16: bool = True) -> dict[str, Any]:
+    """The user's file, or the default; bf16: whether that may be in bf16.
+
+    Raises ConfigError when the file is missing or not a JSON object.
+    """
     if path is None:
-        return default_ds_config()
+        return default_ds_config(bf16)
     content = read_regular(Path(path), ConfigError, "try ds_configs/zero1.json", flag="--deepspeed_config")
     try:
         values = json.loads(content, object_pairs_hook=_once)

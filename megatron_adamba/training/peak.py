@@ -7,7 +7,6 @@ import time
 
 import torch
 
-
 _SLOW = 10e9
 """FLOP/s under which a processor has no instructions for a type, and larger products would take many seconds"""
 

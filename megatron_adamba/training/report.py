@@ -103,7 +103,7 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
         f"model      {config.model.block_pattern}, hidden {config.model.hidden_size}, widths {config.model.widths}, "
         f"{summary['total_without_gains']:,} parameters" + (f", {run.frozen:,} frozen" if run.frozen else ""),
         f"layout     {describe_grid(grid, config.parallel.sp)}, ZeRO {run.plan.zero_stage}, "
-        f"{'bf16 with fp32 master weights' if run.plan.bf16 else 'fp32'}, {info.device.type}, {info.backend}",
+        f"{_precision(run, parsed)}, {info.device.type}, {info.backend}",
         f"batch      {config.train.global_batch_size} x {config.train.seq_len} tokens = {grid.dp} replicas x "
         f"{accumulation} micro-batches of {config.train.micro_batch_size}",
         f"sampling   {config.elastic.width_sampling}, {run.sampler.passes} pass(es) of each micro-batch",
@@ -124,6 +124,12 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
     lines += [f"--depth {parsed.depth}   {key} = {value}  ({REASONS[key]})" for key, value in parsed.derived.items()]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _precision(run: Run, parsed: ParsedArguments) -> str:
+    if run.plan.bf16:
+        return "bf16 with fp32 master weights"
+    return "fp32" if parsed.deepspeed_config is not None else "fp32 (this processor has no bf16 products)"
 
 
 def describe_grid(grid: RankGrid, sequence_parallel: bool) -> str:

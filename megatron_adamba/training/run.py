@@ -36,6 +36,7 @@ from megatron_adamba.engine.pipeline import PipelineSession
 from megatron_adamba.engine.session import TrainingSession
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.adamba import AdambaModel
+from megatron_adamba.ops.precision import fast_bf16
 from megatron_adamba.parallel.expert import expert_parallel
 from megatron_adamba.parallel.tensor import tensor_parallel
 from megatron_adamba.parallel.topology import RankGrid, Topology, build_topology
@@ -102,7 +103,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     if not config.data.train:
         raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
     pattern = config.model.block_pattern
-    raw = read_ds_config(parsed.deepspeed_config)
+    raw = read_ds_config(parsed.deepspeed_config, bf16=fast_bf16())
     if parsed.deepspeed_config is not None:
         check_ds_config(raw, f"--deepspeed_config {parsed.deepspeed_config}")
     stage, offload, bf16 = zero_stage(raw), offload_enabled(raw), bf16_enabled(raw)
