@@ -25,6 +25,7 @@ setup(
         "jsonargparse[signatures]>=4.53,<5",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        "protobuf>=5",
         "pydantic>=2.9",
         "PyYAML>=6",
         "rich>=13",
@@ -34,6 +35,7 @@ setup(
         "tiktoken>=0.8",
         "tokenizers>=0.20",
         "uvicorn>=0.30",
+        "zstandard>=0.23",
     ],
     extras_require={
         "test": [

@@ -40,10 +40,11 @@ CONVERT = """Convert a training checkpoint to a canonical one, or a canonical on
 To canonical: whole weights under their own names, in safetensors shards, with the config and the run's tokenizer.
 Optimizer state stays behind.
 
-To training: fp32 weights, no optimizer state, counters at 0; `--resume DST` starts from it and reports the optimizer
-state as reset. --tp and --dp name the layout whose ranks' files are written; a run of any layout reads them. Rank
-dp_rank * tp + tp_rank writes __RANK_0.distcp: its tensor-parallel shard of every tensor, of that the dp_rank-th of dp
-equal runs of elements (as ZeRO 3 cuts parameters); what tensor parallelism leaves whole goes to tp_rank 0 alone.
+To training: fp32 weights, no optimizer state, counters at 0; `pretrain_adamba.py --resume DST` starts from it and
+reports the optimizer state as reset. --tp and --dp name the layout whose ranks' files are written; a run of any layout
+reads them. Rank dp_rank * tp + tp_rank writes __RANK_0.distcp: its tensor-parallel shard of every tensor, of that the
+dp_rank-th of dp equal runs of elements (as ZeRO 3 cuts parameters); what tensor parallelism leaves whole goes to
+tp_rank 0 alone.
 """
 VERIFY = """Check a checkpoint; prints OK, or the first damage and exits with 5.
 
@@ -114,7 +115,7 @@ def convert(args: argparse.Namespace) -> int:
     to_training(source, target, tp, dp)
     print(
         f"{args.target}: training checkpoint at step 0, {described(source.weights.values())}, for tp {tp} x dp {dp}; "
-        f"train on with --resume {args.target}"
+        f"train on with pretrain_adamba.py --resume {args.target}"
     )
     return 0
 

@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"--eval {args.eval}: not an eval.json ({error}); run tools/evaluate.py --json first") from None
     tokenizer = load_tokenizer(args.tokenizer, args.eod_token, args.split_pattern, network=True)
-    indexed = open_dataset(args.data, tokenizer, "--data")
+    indexed = open_dataset(args.data, tokenizer, "--data", "--tokenizer")
     documents = [tokenizer.decode(indexed.document(i).tolist()) for i in range(indexed.num_documents)]
     content = "".join(documents).encode()
     if rows[-1]["bytes"] != len(content):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_adamba.config.script import run_script
+from megatron_adamba.config.script import run_script, without_flags
 from megatron_adamba.errors import ConfigError
 
 
@@ -28,4 +28,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, without_flags)

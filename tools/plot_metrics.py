@@ -41,7 +41,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"--metrics {path}: no such file; a run leaves one at RUN/metrics.jsonl")
     records = read_metrics(path)
     if not records:
-        raise DataError(f"--metrics {path}: holds no records yet; let the run take --logging.interval steps")
+        raise DataError(f"--metrics {path}: holds no records yet; the run writes one every logging.interval steps")
     return records
 
 

@@ -14,14 +14,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_adamba.config.script import run_script
+from megatron_adamba.config.rules import file_to_write
+from megatron_adamba.config.script import run_script, stopped_by_signals
 from megatron_adamba.data.preprocess import PreprocessOptions, preprocess
 from megatron_adamba.files import write_atomically
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="folder, .txt, .jsonl, or python-stdlib")
+    parser.add_argument("--input", nargs="+", required=True, help="folder, file of text or JSON, or python-stdlib")
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -32,7 +33,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="prefix of the dataset; with --split a folder")
     parser.add_argument("--split", action="store_true", help="write OUTPUT/train and OUTPUT/validation")
     parser.add_argument("--validation-fraction", type=float, default=0.05, help="share of documents held out")
-    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl")
+    parser.add_argument("--json-key", default="text", help="key of the text in JSON")
     parser.add_argument("--workers", type=int, default=1, help="processes; the files do not depend on it")
     parser.add_argument("--json", metavar="FILE", help="write the printed table as JSON too")
     return parser.parse_args(words)
@@ -43,6 +44,8 @@ def main(words: list[str]) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     args = parse(words)
+    if args.json is not None:
+        file_to_write("--json", args.json, "report.json")
     options = PreprocessOptions(
         inputs=tuple(args.input),
         output=args.output,
@@ -67,21 +70,23 @@ def main(words: list[str]) -> int:
             done += num_bytes
             bar.update(task, advance=documents, speed=done / 1e6 / (time.perf_counter() - started))
 
-        metas, skipped = preprocess(options, progress)
+        with stopped_by_signals():
+            metas, left_out = preprocess(options, progress)
     seconds = time.perf_counter() - started
     report = {
         "datasets": {prefix: asdict(meta) for prefix, meta in metas.items()},
-        "skipped": dict(sorted(skipped.items())),
+        "skipped": dict(sorted(left_out.items())),
+        "skipped_names": left_out.names,
         "seconds": round(seconds, 3),
         "megabytes_per_second": round(done / 1e6 / seconds, 3),
     }
-    print_report(report)
     if args.json:
         write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
+    print_report(report, left_out.described())
     return 0
 
 
-def print_report(report: dict) -> None:
+def print_report(report: dict, left_out: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -94,8 +99,8 @@ def print_report(report: dict) -> None:
         table.add_row(prefix, *counts, f"{ratio:.3f}")
     console = Console()
     console.print(table)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items()) or "nothing"
-    console.print(f"left out: {left_out}; {report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB/s")
+    text = f"left out: {left_out or 'nothing'}; {report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB/s"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

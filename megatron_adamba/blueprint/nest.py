@@ -104,7 +104,7 @@ def mode_width(config: ModelConfig, mode: str) -> int:
         return widths[-1]
     if mode not in config.modes:
         known = ", ".join([*config.modes, "think"])
-        raise ConfigError(f"--mode {mode}: unknown; modes of this model are {known}")
+        raise ConfigError(f"mode {mode}: unknown; modes of this model are {known}")
     target = config.modes[mode] * min(1.0, config.hidden_size / MODE_REFERENCE)
     return nearest_width(widths, target)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 from megatron_adamba.errors import ConfigError
 
+LONGEST_NAME = 200
+"""bytes, so that what is added while it is written fits too"""
 LARGEST = 2**31 - 1
 """what sizes and counts are held against: a larger one is a slip of the hand, and would be waited for"""
 
@@ -24,6 +27,24 @@ def in_range(flag: str, value: float, low: float, high: float) -> None:
     """Both ends included, but for infinity."""
     if not low <= value <= high or not math.isfinite(value):
         raise ConfigError(f"{flag} {value}: must lie between {low} and {high}, for example {flag} {low}")
+
+
+def file_to_write(flag: str, path: str, example: str) -> None:
+    """Found out before the work that is to be written there. example: a name that works in a folder."""
+    if not path or path.endswith("/") or os.path.isdir(path):
+        raise ConfigError(f"{flag} {path!r}: a file must be named, for example {flag} {os.path.join(path, example)}")
+    if len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
+        raise ConfigError(f"{flag}: the name is longer than {LONGEST_NAME} bytes; for example {flag} {example}")
+    folder_to_write(flag, os.path.dirname(path))
+
+
+def folder_to_write(flag: str, path: str) -> None:
+    """It may be made; nothing that is no folder may stand on the way."""
+    there = os.path.abspath(path)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise ConfigError(f"{flag}: {there} is no folder; for example {flag} {os.path.dirname(there)}/NAME")
 
 
 def below_one(flag: str, value: float) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_adamba.data.indexed_dataset import IndexedDataset, dataset_file
 from megatron_adamba.data.packed import PackedDataset, Sample
 from megatron_adamba.data.tokenizer import Tokenizer
+from megatron_adamba.data.tokenizer_options import RUN_FLAGS
 from megatron_adamba.errors import ConfigError, DataError, TokenizerError
 
 PERIOD = 1 << 20
@@ -111,23 +112,29 @@ def parse_data_paths(data_paths: Sequence[str], flag: str = "--data.train") -> l
     return list(zip(weights, data_paths[1::2]))
 
 
-def open_dataset(prefix: str, tokenizer: Tokenizer | None, flag: str = "--data.train") -> IndexedDataset:
+def open_dataset(
+    prefix: str, tokenizer: Tokenizer | None, flag: str = "--data.train", chosen_by: str = "the tokenizer at hand"
+) -> IndexedDataset:
     """Opens a dataset and holds its sidecar, where it has one, against the tokenizer.
 
+    Whoever reads from it gets no id outside the tokenizer's vocabulary (without a tokenizer, the sidecar's), but a
+    DataError. chosen_by: what the tokenizer was chosen by, for messages.
     Raises DataError as `IndexedDataset` does, TokenizerError for data made with another tokenizer.
     """
     indexed = IndexedDataset(prefix)
+    known = tokenizer if tokenizer is not None else indexed.meta
+    indexed.vocab_size = None if known is None else known.vocab_size
     if tokenizer is not None and indexed.meta is not None:
         if indexed.meta.tokenizer_hash != tokenizer.hash:
             raise TokenizerError(
                 f"{flag} {prefix}: made with tokenizer {indexed.meta.tokenizer_name} "
-                f"({indexed.meta.tokenizer_hash[:12]}), --data.tokenizer is {tokenizer.name} ({tokenizer.hash[:12]}); "
+                f"({indexed.meta.tokenizer_hash[:12]}), {chosen_by} is {tokenizer.name} ({tokenizer.hash[:12]}); "
                 "use the same one, or preprocess again"
             )
         if indexed.meta.eod_id != tokenizer.eod_id:
             raise TokenizerError(
-                f"{flag} {prefix}: documents end in token {indexed.meta.eod_id}, the tokenizer's end of document is "
-                f"{tokenizer.eod_id}; name the same --eod-token, or preprocess again"
+                f"{flag} {prefix}: documents end in token {indexed.meta.eod_id}, those of {chosen_by} in "
+                f"{tokenizer.eod_id}; use the same one, or preprocess again"
             )
     return indexed
 
@@ -152,14 +159,14 @@ def build_dataset(
     parsed = parse_data_paths(data_paths, flag)
     packed = []
     for _, prefix in parsed:
-        indexed = open_dataset(prefix, tokenizer, flag)
+        indexed = open_dataset(prefix, tokenizer, flag, RUN_FLAGS.tokenizer)
         known = tokenizer if tokenizer is not None else indexed.meta
         if known is None:
             raise DataError(
                 f"{flag} {prefix}: without {prefix}.meta.json nothing says which token ends a document; "
                 "give --data.tokenizer, e.g. bytes"
             )
-        packed.append(PackedDataset(indexed, seq_len, seed, known.eod_id, shuffle, known.vocab_size))
+        packed.append(PackedDataset(indexed, seq_len, seed, known.eod_id, shuffle))
     if len(packed) == 1:
         return packed[0]
     sizes = [dataset.indexed.num_tokens for dataset in packed]

@@ -3,53 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 import sysconfig
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_adamba.data.corpus_files import LeftOut, read_documents
+from megatron_adamba.data.indexed_dataset import DATASET_SUFFIXES, MAGIC
 from megatron_adamba.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
 
+TOKENIZER_SUFFIXES = (".model", ".tiktoken")
 STDLIB_SUFFIXES = (".py", ".pyw", ".txt", ".rst", ".md")
 STDLIB_EXCLUDED = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 # Written when an interpreter is built: they hold the paths and compilers of one machine.
 STDLIB_BUILD_PREFIXES = ("config-", "_sysconfigdata")
 
 
-def iterate_documents(
-    spec: str, json_key: str = "text", skipped: Counter[str] | None = None
-) -> Iterator[tuple[str, str]]:
+def iterate_documents(spec: str, json_key: str = "text", left_out: LeftOut | None = None) -> Iterator[tuple[str, str]]:
     """Yields (id, text) of every non-empty document, in an order that does not depend on the machine.
 
     Args:
-        spec: a folder (every UTF-8 text file below it, dot files left out, `.jsonl` read as such); a `.jsonl` file,
-            a document a line; any other file, one document; or `python-stdlib`.
-        json_key: the key of the text in JSON lines.
-        skipped: counts of what was left out, under `binary`, `not utf-8` and `empty`.
+        spec: a folder (every file of text or JSON below it, compressed or not), such a file, or `python-stdlib`.
+        json_key: the key of the text in JSON.
+        left_out: counts and names what holds no document: what is binary, of another encoding or hidden, folders that
+            are links or cannot be read, datasets and tokenizers, JSON without the key.
 
-    An id is the path below the folder with forward slashes, and `:LINE` for JSON lines. Lone surrogates, which have
-    no UTF-8, become question marks.
+    An id is the path below the folder with forward slashes, see `read_documents` for what follows it. Lone surrogates,
+    which have no UTF-8, become question marks.
 
     Raises:
         DataError: nothing is there, a line of JSON is bad, or there is not one document.
     """
-    skipped = Counter() if skipped is None else skipped
-    count = 0
-    for name, path in _files(spec):
-        documents = _json_lines(name, path, json_key) if path.suffix == ".jsonl" else _text_file(name, path, skipped)
-        for identity, text in documents:
-            if not text:
-                skipped["empty"] += 1
-                continue
-            count += 1
-            yield identity, text
+    left_out = LeftOut() if left_out is None else left_out
+    here, count = LeftOut(), 0
+    for name, path in _files(spec, here):
+        for identity, text in read_documents(name, path, json_key, here):
+            if text:
+                count += 1
+                yield identity, text
+            else:
+                here.add("empty", identity)
+    left_out.merge(here)
     if count == 0:
-        left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items())) or "no files"
-        raise DataError(f"--input {spec}: there is no document in it ({left_out}); {PYTHON_STDLIB} always works")
+        why = here.described() or "no files"
+        raise DataError(f"--input {spec}: there is no document in it ({why}); {PYTHON_STDLIB} always works")
 
 
 def is_validation(identity: str, validation_fraction: float) -> bool:
@@ -60,24 +60,81 @@ def is_validation(identity: str, validation_fraction: float) -> bool:
     return draw < validation_fraction * 2.0**64
 
 
-def _files(spec: str) -> list[tuple[str, Path]]:
+def _files(spec: str, left_out: LeftOut) -> list[tuple[str, Path]]:
     if spec == PYTHON_STDLIB:
-        return _walk(Path(sysconfig.get_path("stdlib")), _in_stdlib_corpus)
+        return _stdlib_files(Path(sysconfig.get_path("stdlib")))
     path = Path(spec)
-    if path.is_dir():
-        return _walk(path, lambda name: not name.startswith("."))
-    if path.is_file():
+    if spec and os.path.isdir(path):
+        return _folder_files(path, left_out)
+    if os.path.isfile(path):
         return [(path.name, path)]
-    raise DataError(f"--input {spec}: no such file or folder; {PYTHON_STDLIB} always works")
+    what = "is neither a file nor a folder" if os.path.lexists(path) else "no such file or folder"
+    raise DataError(f"--input {spec}: {what}; {PYTHON_STDLIB} always works")
 
 
-def _walk(root: Path, wanted) -> list[tuple[str, Path]]:
+def _folder_files(root: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
+    """(path below root, path) of the files that may hold documents, sorted; the rest is counted."""
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == root:
+            raise DataError(f"--input {root}: cannot be read ({error.strerror})") from None
+        left_out.add("unreadable", below(Path(error.filename)) + "/")
+
+    def below(path: Path) -> str:
+        return path.relative_to(root).as_posix()
+
+    found = []
+    for folder, folders, files in os.walk(root, onerror=unreadable):
+        here = Path(folder)
+        entered = []
+        for name in sorted(folders):
+            why = "hidden" if name.startswith(".") else "linked folder" if os.path.islink(here / name) else None
+            entered += [name] if why is None else []
+            if why is not None:
+                left_out.add(why, below(here / name) + "/")
+        folders[:] = entered
+        ours = _dataset_files(here, files)
+        # what this very process is writing is nobody's to miss
+        for name in sorted(name for name in files if not name.endswith(f".tmp-{os.getpid()}")):
+            path = here / name
+            why = "dataset" if name in ours else _why_not(path)
+            if why is None:
+                found.append((below(path), path))
+            else:
+                left_out.add(why, below(path))
+    return sorted(found)
+
+
+def _why_not(path: Path) -> str | None:
+    """Why a file of a folder is not looked into."""
+    if path.name.startswith("."):
+        return "hidden"
+    if not os.path.isfile(path):
+        return "broken link" if os.path.islink(path) and not os.path.exists(path) else "no regular file"
+    if re.search(r"\.tmp-\d+$", path.name):
+        return "temporary"
+    if path.suffix in TOKENIZER_SUFFIXES:
+        return "tokenizer"
+    return None if os.access(path, os.R_OK) else "unreadable"
+
+
+def _dataset_files(folder: Path, files: list[str]) -> set[str]:
+    """Names of the files of indexed datasets, told by the first bytes of their indexes."""
+    held = set()
+    for name in files:
+        if name.endswith(".idx") and os.path.isfile(folder / name) and os.access(folder / name, os.R_OK):
+            with open(folder / name, "rb") as stream:
+                if stream.read(len(MAGIC)) == MAGIC:
+                    held |= {name.removesuffix(".idx") + suffix for suffix in DATASET_SUFFIXES}
+    return held
+
+
+def _stdlib_files(root: Path) -> list[tuple[str, Path]]:
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if wanted(name + "/")]
-        found += [Path(folder, name) for name in files if wanted(name)]
-    named = [(path.relative_to(root).as_posix(), path) for path in found if path.is_file()]
-    return sorted(named)
+        folders[:] = [name for name in folders if _in_stdlib_corpus(name + "/")]
+        found += [Path(folder, name) for name in files if _in_stdlib_corpus(name)]
+    return sorted((path.relative_to(root).as_posix(), path) for path in found if path.is_file())
 
 
 def _in_stdlib_corpus(name: str) -> bool:
@@ -85,45 +142,3 @@ def _in_stdlib_corpus(name: str) -> bool:
     if name.startswith(STDLIB_BUILD_PREFIXES):
         return False
     return name.rstrip("/") not in STDLIB_EXCLUDED if name.endswith("/") else name.endswith(STDLIB_SUFFIXES)
-
-
-def _text_file(name: str, path: Path, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
-    content = _read(path)
-    if b"\0" in content:
-        skipped["binary"] += 1
-        return
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError:
-        skipped["not utf-8"] += 1
-        return
-    yield name, text
-
-
-def _json_lines(name: str, path: Path, key: str) -> Iterator[tuple[str, str]]:
-    try:
-        with open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield f"{name}:{number}", _json_text(path, number, line, key)
-    except OSError as error:
-        raise DataError(f"--input {path}: cannot be read ({error.strerror})") from None
-
-
-def _json_text(path: Path, number: int, line: bytes, key: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError:  # also what is not UTF-8
-        raise DataError(f'{path} line {number}: not JSON; a line reads {{"{key}": "..."}}') from None
-    text = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        keys = ", ".join(sorted(record)) if isinstance(record, dict) else "not an object"
-        raise DataError(f"{path} line {number}: no text under --json-key {key} (it has: {keys})")
-    return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"--input {path}: cannot be read ({error.strerror})") from None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_adamba.data.indexed_dataset import DTYPE_OF_CODE, HEADER, MAGIC, DatasetMeta, dataset_file
-from megatron_adamba.errors import DataError
+from megatron_adamba.errors import ConfigError, DataError
 from megatron_adamba.files import sync_directory, temporary_path
 
 MAX_LENGTH = 2**31 - 1
@@ -29,7 +32,11 @@ class IndexedDatasetBuilder:
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
-        """Args: prefix: path without suffix; dtype: the tokens' integer type, see `token_dtype`. Raises OSError."""
+        """What a killed process left of the same dataset is removed first.
+
+        Args: prefix: path without suffix; dtype: the tokens' integer type, see `token_dtype`.
+        Raises OSError, and ConfigError where a live process writes the same dataset.
+        """
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = next((code for code, name in DTYPE_OF_CODE.items() if np.dtype(name) == self.dtype), None)
@@ -40,8 +47,10 @@ class IndexedDatasetBuilder:
         self._lengths = array("i")
         self._bytes = array("I")
         dataset_file(prefix, ".bin").parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(prefix)
         self._temporary: dict[str, Path] = {}
         self._stream: BinaryIO | None = self._open(".bin")
+        self._lock = _held_lock(self._stream)
 
     @property
     def num_documents(self) -> int:
@@ -102,12 +111,14 @@ class IndexedDatasetBuilder:
                 os.replace(self._temporary.pop(suffix), dataset_file(self.prefix, suffix))
         sync_directory(dataset_file(self.prefix, ".idx").parent)
         self._stream = None
+        os.close(self._lock)
 
     def abort(self) -> None:
         """Removes what was written so far; nothing to do after `finalize`."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+            os.close(self._lock)
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
         self._temporary.clear()
@@ -131,6 +142,41 @@ class IndexedDatasetBuilder:
         path = temporary_path(dataset_file(self.prefix, suffix))
         self._temporary[suffix] = path
         return open(path, "wb")
+
+
+def _held_lock(stream: BinaryIO) -> int:
+    """A descriptor that locks a file until it is closed, or its process ends in whatever way."""
+    held = os.dup(stream.fileno())
+    # a file system without locks: a later process may take this file for a leftover
+    with contextlib.suppress(OSError):
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return held
+
+
+def _clear_leftovers(prefix: str | Path) -> None:
+    """Removes the temporary files of processes that are gone. Raises ConfigError where one of them is not."""
+    path = dataset_file(prefix, "")
+    pattern = re.compile(re.escape(path.name) + r"\.(bin|bytes|meta\.json|idx)\.tmp-(\d+)")
+    found = [(match[1], match[2], other) for other in path.parent.iterdir() if (match := pattern.fullmatch(other.name))]
+    for suffix, process, other in found:
+        if suffix == "bin" and not _is_free(other):
+            raise ConfigError(
+                f"--output {prefix}: process {process} is writing this dataset; wait for it, or give another name, for "
+                f"example {prefix}-2"
+            )
+    for _, _, other in found:
+        other.unlink(missing_ok=True)
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _close(stream: BinaryIO) -> None:

@@ -13,20 +13,24 @@ one uint32 per document: the UTF-8 bytes of its text.
 
 from __future__ import annotations
 
-import json
+import os
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from megatron_adamba.errors import DataError
+from megatron_adamba.schema import Count, Size, read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 META_FORMAT_VERSION = 1
 DTYPE_OF_CODE = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+DATASET_SUFFIXES = (".idx", ".bin", ".bytes", ".meta.json")
 CHECK_CHUNK = 1 << 22
 
 
@@ -46,11 +50,11 @@ class DatasetMeta:
 
     tokenizer_hash: str
     tokenizer_name: str
-    vocab_size: int
-    eod_id: int
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    eod_id: Annotated[int, Field(ge=0, lt=2**31)]
+    num_documents: Size
+    num_tokens: Size
+    num_bytes: Count
     source: str
     format_version: int = META_FORMAT_VERSION
 
@@ -58,24 +62,20 @@ class DatasetMeta:
     def read(cls, prefix: str | Path) -> DatasetMeta | None:
         """The sidecar of `prefix`, or None without one. Raises DataError for one that is not what it should be."""
         path = dataset_file(prefix, ".meta.json")
-        try:
-            record = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
-        except (OSError, ValueError):
-            raise DataError(f"{path}: not readable as JSON; preprocess the data again, or remove the file") from None
-        kinds = {field.name: str if field.type == "str" else int for field in fields(cls)}
-        bad = [
-            name for name, kind in kinds.items() if not isinstance(record, dict) or type(record.get(name)) is not kind
-        ]
-        if bad:
-            raise DataError(f"{path}: {', '.join(bad)} missing or of the wrong type; preprocess the data again")
-        if record["format_version"] != META_FORMAT_VERSION:
+        meta = read_json(path, cls, DataError, "preprocess the data again, or remove the file")
+        if meta.format_version != META_FORMAT_VERSION:
             raise DataError(
-                f"{path}: format_version {record['format_version']} is not known here; "
+                f"{path}: format_version {meta.format_version} is not known here; "
                 f"preprocess the data again to get version {META_FORMAT_VERSION}"
             )
-        return cls(**{name: record[name] for name in kinds})
+        if meta.eod_id >= meta.vocab_size:
+            raise DataError(
+                f"{path}: eod_id {meta.eod_id} is outside its own vocabulary of {meta.vocab_size}; preprocess the data "
+                "again, or remove the file"
+            )
+        return meta
 
 
 class IndexedDataset:
@@ -83,20 +83,23 @@ class IndexedDataset:
 
     Opening checks the sizes of both files against each other and every offset, so that later reads cannot leave them.
 
-    Attributes: `prefix`, `dtype` of the tokens, `num_documents`, `num_tokens`, `meta` (None without a sidecar).
+    Attributes: `prefix`, `dtype` of the tokens, `num_documents`, `num_tokens`, `meta` (None without a sidecar),
+    `vocab_size`: where it is set, whatever reads an id below 0 or from there on gets a DataError instead.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         """Raises DataError: a file is missing, truncated, garbage, or holds no document."""
         self.prefix = str(prefix)
         index_path, bin_path = dataset_file(prefix, ".idx"), dataset_file(prefix, ".bin")
+        self.vocab_size: int | None = None
         for path in (index_path, bin_path):
-            if not path.is_file():
-                raise DataError(f"{path}: no such file; a dataset is named by its prefix, e.g. data/train")
+            if not os.path.isfile(path):
+                what = "no regular file" if os.path.lexists(path) else "no such file"
+                raise DataError(f"{path}: {what}; a dataset is named by its prefix, e.g. data/train")
         self._read_index(index_path)
+        self._check_offsets(index_path)
         self._tokens = self._map_tokens(bin_path)
         self.num_tokens = int(self._tokens.size)
-        self._check_offsets(index_path)
         self.meta = DatasetMeta.read(prefix)
         self._check_meta()
 
@@ -120,30 +123,58 @@ class IndexedDataset:
             raise IndexError(f"document {index} of {self.num_documents}")
         first, last = self._document_bounds[index], self._document_bounds[index + 1]
         begin = self._sequence_start(first)
-        return self._tokens[begin : self._sequence_start(last)]
+        return self._in_vocabulary(self._tokens[begin : self._sequence_start(last)])
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """A view of tokens start to stop of all documents, concatenated in stored order."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        return self._tokens[start:stop]
+        return self._in_vocabulary(self._tokens[start:stop])
+
+    def check_ids(self, stop: int) -> None:
+        """Reads tokens 0 to stop, for those who would else find out about a wrong one late. Raises DataError."""
+        if self.vocab_size is not None:
+            for start in range(0, stop, CHECK_CHUNK):
+                self.tokens(start, min(start + CHECK_CHUNK, stop))
 
     def gather(self, positions: np.ndarray) -> np.ndarray:
         """int64 tokens at `positions` (int64, any shape) of the concatenated stream."""
-        return self._tokens[positions].astype(np.int64)
+        return self._in_vocabulary(self._tokens[positions]).astype(np.int64)
+
+    def _in_vocabulary(self, tokens: np.ndarray) -> np.ndarray:
+        if self.vocab_size is None or not tokens.size:
+            return tokens
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise DataError(
+                f"{self.prefix}: token id {high if high >= self.vocab_size else low} is outside the vocabulary of "
+                f"{self.vocab_size}; preprocess the data with this tokenizer"
+            )
+        return tokens
 
     @cached_property
     def document_bytes(self) -> np.ndarray | None:
-        """uint32 [num_documents]: UTF-8 bytes of each document's text, or None without PREFIX.bytes."""
+        """uint32 [num_documents]: UTF-8 bytes of each document's text, or None without PREFIX.bytes.
+
+        Raises DataError where they are not as many, or not what the sidecar says of them all."""
         path = dataset_file(self.prefix, ".bytes")
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
+        if not os.path.isfile(path):
+            raise DataError(f"{path}: no regular file; preprocess the data again, or remove it")
         if path.stat().st_size != 4 * self.num_documents:
             raise DataError(
                 f"{path}: {path.stat().st_size} bytes, but {self.num_documents} documents need "
                 f"{4 * self.num_documents}; preprocess the data again"
             )
-        return np.memmap(path, dtype="<u4", mode="r")
+        sizes = np.memmap(path, dtype="<u4", mode="r")
+        total = int(sizes.sum(dtype=np.uint64))
+        if self.meta is not None and total != self.meta.num_bytes:
+            raise DataError(
+                f"{path}: {total} bytes of text, {dataset_file(self.prefix, '.meta.json')} says {self.meta.num_bytes}; "
+                "the files are of different runs, preprocess the data again"
+            )
+        return sizes
 
     def _sequence_start(self, sequence: int) -> int:
         """First token of a sequence; of the bound past the last one, the number of tokens."""
@@ -190,20 +221,23 @@ class IndexedDataset:
         return np.memmap(path, dtype=self.dtype, mode="r")
 
     def _check_offsets(self, path: Path) -> None:
-        """Sequences lie one after another, and documents are made of whole, consecutive sequences."""
+        """Sequences lie one after another, and documents are made of whole, consecutive sequences.
+
+        Compared and not subtracted where a difference could wrap."""
         damaged = DataError(f"{path}: offsets, lengths and documents disagree; it is damaged, preprocess it again")
         bounds = self._document_bounds
         if self._pointers[0] != 0 or bounds[0] != 0 or bounds[-1] != self.num_sequences:
             raise damaged
         for start in range(0, self.num_sequences, CHECK_CHUNK):
             pointers = self._pointers[start : start + CHECK_CHUNK + 1]
-            lengths = self.sequence_lengths[start : start + pointers.size - 1].astype(np.int64)
-            if np.any(np.diff(pointers) != lengths * self.dtype.itemsize):
+            lengths = self.sequence_lengths[start : start + CHECK_CHUNK].astype(np.int64)
+            if np.any(lengths < 0) or np.any(pointers[1:] < pointers[:-1]):
                 raise damaged
-            if np.any(self.sequence_lengths[start : start + CHECK_CHUNK] < 0):
+            if np.any(np.diff(pointers) != lengths[: pointers.size - 1] * self.dtype.itemsize):
                 raise damaged
         for start in range(0, bounds.size, CHECK_CHUNK):
-            if np.any(np.diff(bounds[start : start + CHECK_CHUNK + 1]) < 0):
+            part = bounds[start : start + CHECK_CHUNK + 1]
+            if np.any(part[1:] < part[:-1]):
                 raise damaged
 
     def _check_meta(self) -> None:

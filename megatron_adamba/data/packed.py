@@ -79,15 +79,13 @@ class PackedDataset:
         seed: int,
         eod_id: int,
         shuffle: bool = True,
-        vocab_size: int | None = None,
     ) -> None:
-        """Args: vocab_size: where given, a sample with a larger id is refused. Raises DataError: too few tokens."""
+        """Raises DataError: too few tokens."""
         self.indexed = indexed
         self.seq_len = seq_len
         self.seed = seed
         self.eod_id = eod_id
         self.shuffle = shuffle
-        self.vocab_size = vocab_size
         self.samples_per_epoch = indexed.num_tokens // seq_len
         if self.samples_per_epoch == 0:
             raise DataError(
@@ -98,14 +96,13 @@ class PackedDataset:
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index` (any int from 0 on). Raises DataError for a token id outside the vocabulary."""
+        """Sample `index` (any int from 0 on). Raises DataError for a token id outside the dataset's vocabulary."""
         if index < 0:
             raise IndexError(f"sample {index}")
         epoch, place = divmod(int(index), self.samples_per_epoch)
         stream, order = self._epoch(epoch)
         start = (place if order is None else int(order[place])) * self.seq_len
         tokens, documents = stream.read(self.indexed, start, start + self.seq_len + 1, self.eod_id)
-        self._check_vocabulary(tokens)
         return make_sample(tokens, documents, self.eod_id)
 
     def _epoch(self, epoch: int) -> tuple[DocumentStream, np.ndarray | None]:
@@ -128,14 +125,6 @@ class PackedDataset:
         windows = _permutation(self.samples_per_epoch, self.seed, WINDOW_ORDER, epoch)
         return DocumentStream(offsets[order], bounds), windows
 
-    def _check_vocabulary(self, tokens: np.ndarray) -> None:
-        if self.vocab_size is not None and (tokens.max() >= self.vocab_size or tokens.min() < 0):
-            worst = int(tokens.max() if tokens.max() >= self.vocab_size else tokens.min())
-            raise DataError(
-                f"{self.indexed.prefix}: token id {worst} is outside the vocabulary of {self.vocab_size}; "
-                "preprocess the data with this tokenizer"
-            )
-
 
 def _permutation(size: int, seed: int, purpose: int, epoch: int) -> np.ndarray:
     """int64 or int32 [size]; a function of the arguments alone."""
@@ -156,6 +145,8 @@ class EvaluationBatches:
             closes, the first token is not).
         num_bytes: UTF-8 bytes of the scored documents, for bits per byte. Exact with PREFIX.bytes; without it
             proportional to the tokens; None without a sidecar.
+
+    Raises DataError for a token id outside the dataset's vocabulary.
     """
 
     def __init__(
@@ -176,6 +167,8 @@ class EvaluationBatches:
             # One document at least, or a short limit would measure nothing.
             self.num_documents = max(1, int(np.searchsorted(offsets, max_tokens, side="right")) - 1)
         bounds = offsets[: self.num_documents + 1]
+        # now, and not when a run has trained and evaluates at last
+        indexed.check_ids(int(bounds[-1]))
         self._stream = DocumentStream(bounds[:-1], bounds)
         inner = np.unique(bounds[(bounds > 0) & (bounds < bounds[-1])])
         self.num_tokens = self._stream.num_tokens - int(np.count_nonzero(indexed.gather(inner - 1) != eod_id))

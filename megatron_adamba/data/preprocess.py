@@ -7,8 +7,11 @@ how many workers there are.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
-from collections import Counter, deque
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_adamba.config.rules import file_to_write, folder_to_write, in_range
 from megatron_adamba.data.corpus import is_validation, iterate_documents
+from megatron_adamba.data.corpus_files import LeftOut
 from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
 from megatron_adamba.data.indexed_dataset import DatasetMeta, token_dtype
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +31,7 @@ from megatron_adamba.errors import AdambaError, ConfigError, DataError
 CHUNK_CHARACTERS = 1 << 19
 CHUNK_DOCUMENTS = 1024
 CHUNKS_AHEAD = 2
+MOST_WORKERS = 512
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,13 @@ class PreprocessOptions:
         if not self.split and (self.output.endswith("/") or Path(self.output).is_dir()):
             example = Path(self.output, "train")
             raise ConfigError(f"--output {self.output}: without --split it is a prefix, not a folder, e.g. {example}")
+        if self.split:
+            folder_to_write("--output", self.output)
+        else:
+            file_to_write("--output", self.output, "train")
         if self.workers < 1:
             raise ConfigError(f"--workers {self.workers}: at least one worker is needed, e.g. 1")
+        in_range("--workers", self.workers, 1, MOST_WORKERS)
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,7 @@ Progress = Callable[[int, int], None]
 """Called with the numbers of documents and bytes done since the last call."""
 
 
-def preprocess(
-    options: PreprocessOptions, progress: Progress | None = None
-) -> tuple[dict[str, DatasetMeta], Counter[str]]:
+def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> tuple[dict[str, DatasetMeta], LeftOut]:
     """Writes the dataset, or `train` and `validation`, and returns what each prefix holds and what was left out.
 
     Nothing gets its final name before the whole corpus is done.
@@ -93,11 +102,11 @@ def preprocess(
     prefixes = [options.output]
     if options.split:
         prefixes = [str(Path(options.output, name)) for name in ("train", "validation")]
-    skipped: Counter[str] = Counter()
+    left_out = LeftOut()
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
         builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes]
-        encoded = stack.enter_context(_encoder(options, tokenizer, _chunks(options, skipped)))
+        encoded = stack.enter_context(_encoder(options, tokenizer, _chunks(options, left_out)))
         for chunk in encoded:
             _add_chunk(builders, chunk)
             if progress is not None:
@@ -106,18 +115,18 @@ def preprocess(
         metas = {builder.prefix: _meta(options, tokenizer, builder) for builder in builders}
         for builder in builders:
             builder.finalize(metas[builder.prefix])
-    return metas, skipped
+    return metas, left_out
 
 
 def _tokenizer(options: PreprocessOptions) -> Tokenizer:
     return load_tokenizer(options.tokenizer, options.eod_token, options.split_pattern, network=True)
 
 
-def _chunks(options: PreprocessOptions, skipped: Counter[str]) -> Iterator[Chunk]:
+def _chunks(options: PreprocessOptions, left_out: LeftOut) -> Iterator[Chunk]:
     chunk: Chunk = []
     characters = 0
     for spec in options.inputs:
-        for identity, text in iterate_documents(spec, options.json_key, skipped):
+        for identity, text in iterate_documents(spec, options.json_key, left_out):
             chunk.append((text, options.split and is_validation(identity, options.validation_fraction)))
             characters += len(text)
             if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
@@ -161,14 +170,19 @@ def _refuse_empty_side(options: PreprocessOptions, builders: list[IndexedDataset
 def _meta(options: PreprocessOptions, tokenizer: Tokenizer, builder: IndexedDatasetBuilder) -> DatasetMeta:
     return DatasetMeta(
         tokenizer_hash=tokenizer.hash,
-        tokenizer_name=tokenizer.name,
+        tokenizer_name=_printable(tokenizer.name),
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         num_documents=builder.num_documents,
         num_tokens=builder.num_tokens,
         num_bytes=builder.num_bytes,
-        source=" ".join(options.inputs),
+        source=_printable(" ".join(options.inputs)),
     )
+
+
+def _printable(name: str) -> str:
+    """A path need not be text; JSON has to be."""
+    return name.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 @contextmanager
@@ -204,10 +218,16 @@ class _Worker:
 
     def __init__(self, options: PreprocessOptions) -> None:
         context = multiprocessing.get_context("spawn")
+        # Ctrl-C reaches the whole group: who waits for the workers ends them, and they have nothing to say
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
         self._chunks: Any = context.Queue()
         self._results: Any = context.Queue()
         self._process = context.Process(target=_work, args=(options, self._chunks, self._results), daemon=True)
-        self._process.start()
+        try:
+            self._process.start()
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
 
     def send(self, chunk: Chunk) -> None:
         self._chunks.put(chunk)
@@ -237,7 +257,18 @@ class _Worker:
             channel.close()
 
 
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed sends nothing more and ends nobody."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _work(options: PreprocessOptions, chunks: Any, results: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         tokenizer = _tokenizer(options)
         while True:

@@ -61,10 +61,10 @@ def load_model(
 
     dtype: bf16 | fp32; verify: hold tensors against their checksums, where the folder has them.
     """
-    one_of("--dtype", dtype, ("bf16", "fp32"))
+    one_of("dtype", dtype, ("bf16", "fp32"))
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"--model {folder}: no such folder; a run leaves one at RUN/model")
+        raise CheckpointError(f"{folder}: no such folder; a run leaves one at RUN/model")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_pages()

@@ -241,6 +241,6 @@ def _validation(plan: RunPlan) -> EvaluationBatches | None:
         return None
     if len(config.data.validation) > 1:
         raise ConfigError("--data.validation: is evaluated as one dataset; give one prefix, without a weight")
-    indexed = open_dataset(config.data.validation[0], plan.tokenizer, "--data.validation")
+    indexed = open_dataset(config.data.validation[0], plan.tokenizer, "--data.validation", "--data.tokenizer")
     train = config.train
     return evaluation_batches(indexed, train.seq_len, train.micro_batch_size, plan.tokenizer.eod_id, train.eval_tokens)

@@ -245,6 +245,6 @@ def test_modes_stand_for_widths():
     # of 256 channels an eighth of each: 16, 64, 128, to the nearest of 32, 64, 128, 256
     assert [mode_width(tiny, mode) for mode in ("ghost", "whisper", "normal", "think")] == [32, 64, 128, 256]
     with pytest.raises(
-        ConfigError, match=r"--mode loud: unknown; modes of this model are ghost, whisper, normal, think"
+        ConfigError, match=r"mode loud: unknown; modes of this model are ghost, whisper, normal, think"
     ):
         mode_width(tiny, "loud")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import bz2
+import gzip
+import json
+import lzma
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_adamba.data.corpus import is_validation, iterate_documents
+from megatron_adamba.data.corpus_files import LeftOut
 from megatron_adamba.errors import DataError
 
 
@@ -24,15 +31,17 @@ def test_folder_is_read_in_order_and_what_is_no_text_is_counted(tmp_path: Path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-    skipped: Counter[str] = Counter()
-    documents = list(iterate_documents(str(tmp_path), skipped=skipped))
+    left_out = LeftOut()
+    documents = list(iterate_documents(str(tmp_path), left_out=left_out))
     assert documents == [
         ("a.py", "caf\u00e9"),
         ("b/two.txt", "two\r\n"),
         ("lines.jsonl:1", "one"),
         ("lines.jsonl:4", "four ?"),
     ]
-    assert skipped == {"binary": 1, "not utf-8": 1, "empty": 2}
+    assert left_out == {"binary": 1, "not utf-8": 1, "empty": 2, "hidden": 1}
+    assert left_out.names["empty"] == ["lines.jsonl:3", "nothing.txt"] and left_out.names["hidden"] == [".git/"]
+    assert "1 binary (b/image.png), 2 empty (lines.jsonl:3, nothing.txt)" in left_out.described()
 
 
 def test_single_files(tmp_path: Path):
@@ -66,11 +75,183 @@ def test_sources_without_a_document(tmp_path: Path):
     with pytest.raises(DataError, match=r"no document in it \(no files\)"):
         list(iterate_documents(str(tmp_path)))
     (tmp_path / "image").write_bytes(b"\0\1")
-    with pytest.raises(DataError, match=r"\(1 binary\)"):
+    with pytest.raises(DataError, match=r"\(1 binary \(image\)\)"):
         list(iterate_documents(str(tmp_path)))
     (tmp_path / "x.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="no files"):
         list(iterate_documents(str(tmp_path / "x.jsonl")))
+
+
+RECORDS = [{"text": "caf\u00e9\nno"}, {"id": 3, "text": "two \u2028 lines"}, {"text": "three", "more": {"a": [1]}}]
+TEXTS = [record["text"] for record in RECORDS]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
+
+
+def texts(spec: Path, **options: object) -> list[str]:
+    return [text for _, text in iterate_documents(str(spec), **options)]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.NDJson", "a.json", "a.JSON", "part-00000", "a.dump", "a.txt"]
+)
+def test_json_lines_under_any_name(tmp_path: Path, name: str):
+    (tmp_path / name).write_text(LINES)
+    assert texts(tmp_path / name) == texts(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(RECORDS),
+        json.dumps(RECORDS, indent=2),
+        json.dumps({"version": 1, "data": RECORDS}, indent=1),
+        json.dumps({"id": [1, 2, 3], "text": TEXTS}),
+        json.dumps({"text": dict(enumerate(TEXTS))}),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.Json"])
+def test_one_json_value(tmp_path: Path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    assert texts(tmp_path / name) == texts(tmp_path) == TEXTS
+
+
+def test_one_record_and_an_array_under_other_names(tmp_path: Path):
+    (tmp_path / "one.json").write_text(json.dumps(RECORDS[1], indent=2))
+    assert texts(tmp_path / "one.json") == TEXTS[1:2]
+    for name in ("records", "records.jsonl"):
+        (tmp_path / name).write_text(json.dumps(RECORDS, indent=2))
+        assert texts(tmp_path / name) == TEXTS
+    with pytest.raises(DataError, match="record 2: no text under --json-key text"):
+        (tmp_path / "mixed.json").write_text(json.dumps([RECORDS[0], {"body": "x"}]))
+        texts(tmp_path / "mixed.json")
+
+
+def test_text_that_looks_like_json_stays_text(tmp_path: Path):
+    for name, content in {
+        "a.md": '{"text": "an example"}\n\nis what a line looks like\n',
+        "b.py": '[{"text": 1}]\n',
+        "c.txt": "[{ not json",
+        "d.txt": '{"body": "x"}\n',
+    }.items():
+        (tmp_path / name).write_text(content)
+        assert texts(tmp_path / name) == [content]
+
+
+def test_json_without_a_text_is_named(tmp_path: Path):
+    for name, content in {"package.json": '{"name": "x"}', "bad.json": "{,}", "deep.json": "[" * 100_000}.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "a.txt").write_text("a")
+    left_out = LeftOut()
+    assert texts(tmp_path, left_out=left_out) == ["a"]
+    assert left_out == {"json without text": 1, "not json": 2}
+    with pytest.raises(DataError, match=r"1 json without text \(package\.json\)"):
+        texts(tmp_path / "package.json")
+
+
+def test_frames_that_are_skipped(tmp_path: Path):
+    """As pzstd puts one in front of each of its own."""
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0\1\2\3\4"
+    (tmp_path / "a.zst").write_bytes(b"".join(skipped + packed("zst", part) for part in (b"one ", b"two ")))
+    assert texts(tmp_path / "a.zst") == ["one two "]
+
+
+def packed_with(tool: list[str], path: Path) -> Path:
+    """By the program that people have."""
+    if shutil.which(tool[0]) is None:
+        pytest.skip(f"no {tool[0]} here")
+    subprocess.run([*tool, str(path)], check=True)
+    return next(found for found in path.parent.iterdir() if found.name.startswith(path.name + "."))
+
+
+def packed(kind: str, content: bytes) -> bytes:
+    if kind == "zst":
+        import zstandard
+
+        half = len(content) // 2
+        compress = zstandard.ZstdCompressor().compress
+        return compress(content[:half]) + compress(content[half:])  # frames, as parallel compressors write
+    return {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}[kind](content)
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "zst", "bz2"])
+def test_compressed_files(tmp_path: Path, kind: str):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / f"a.jsonl.{kind}").write_bytes(packed(kind, LINES.encode()))
+    (folder / f"b.txt.{kind.upper()}").write_bytes(packed(kind, "caf\u00e9\r\n".encode()))
+    (folder / "c.txt").write_bytes(packed(kind, b"no ending says it"))
+    (folder / f"d.json.{kind}").write_bytes(packed(kind, json.dumps(RECORDS, indent=1).encode()))
+    assert texts(folder) == [*TEXTS, "caf\u00e9\r\n", "no ending says it", *TEXTS]
+    whole = packed(kind, b"a line\n" * 100_000)
+    for name, content in (("cut", whole[: len(whole) * 3 // 4]), ("bad", whole[:-9] + bytes(9))):
+        (folder / name).write_bytes(content)
+        with pytest.raises(DataError, match=name) as caught:
+            texts(folder / name)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tool", [["gzip"], ["xz"], ["zstd", "-q", "--rm"], ["bzip2"]])
+def test_what_the_programs_themselves_write(tmp_path: Path, tool: list[str]):
+    (tmp_path / "a.ndjson").write_text(LINES)
+    assert texts(packed_with(tool, tmp_path / "a.ndjson")) == TEXTS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+def test_encodings_that_a_mark_tells(tmp_path: Path, encoding: str, name: str):
+    content = {"a.txt": "caf\u00e9 \U0001f600\r\n", "a.jsonl": LINES, "a.json": json.dumps(RECORDS)}[name]
+    mark = "" if encoding in ("utf-8-sig", "utf-16", "utf-32") else "\ufeff"
+    (tmp_path / name).write_bytes((mark + content).encode(encoding))
+    assert texts(tmp_path / name) == ([content] if name == "a.txt" else TEXTS)
+    cut = (mark + content).encode(encoding)[:-1]
+    if not encoding.startswith("utf-8"):
+        (tmp_path / name).write_bytes(cut)
+        with pytest.raises(DataError, match=r"utf-(16|32)|not json"):
+            texts(tmp_path / name)
+
+
+def test_what_a_folder_leaves_out_is_counted_and_named(tmp_path: Path):
+    folder = tmp_path / "in"
+    (folder / "real").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    (folder / "real" / "b.txt").write_text("b")
+    (folder / "linked").symlink_to(folder / "real")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    (folder / "link.txt").symlink_to(folder / "a.txt")
+    os.mkfifo(folder / "pipe")
+    (folder / "t.model").write_text("x")
+    (folder / "d.bin.tmp-77").write_text("x")
+    (folder / ".hidden").write_text("x")
+    left_out = LeftOut()
+    assert texts(folder, left_out=left_out) == ["a", "a", "b"]
+    assert left_out.names == {
+        "linked folder": ["linked/", "loop/"],
+        "broken link": ["gone"],
+        "no regular file": ["pipe"],
+        "tokenizer": ["t.model"],
+        "temporary": ["d.bin.tmp-77"],
+        "hidden": [".hidden"],
+    }
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_may_not_be_read_is_counted(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "b.txt").chmod(0)
+    left_out = LeftOut()
+    assert texts(tmp_path, left_out=left_out) == ["a"]
+    assert left_out.names == {"unreadable": ["closed/", "b.txt"]}
+
+
+def test_names_that_are_no_text(tmp_path: Path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.png")).write_bytes(b"\0")
+    (tmp_path / "a.txt").write_text("a")
+    left_out = LeftOut()
+    assert texts(tmp_path, left_out=left_out) == ["a"]
+    assert left_out.described().encode() == b"1 binary (bad\\udcff.png)"
 
 
 def test_standard_library_without_its_tests():

@@ -117,7 +117,7 @@ DAMAGES = {
     "pointer": (lambda p: damage(p(".idx"), 34 + 16, struct.pack("<q", 4)), "disagree"),
     "bounds": (lambda p: damage(p(".idx"), 34 + 48 + 8, struct.pack("<q", 9)), "disagree"),
     "meta": (lambda p: p(".meta.json").write_text("{"), "JSON"),
-    "meta keys": (lambda p: p(".meta.json").write_text("[]"), "missing or of the wrong type"),
+    "meta keys": (lambda p: p(".meta.json").write_text("[]"), "damaged"),
     "meta version": (lambda p: edit_meta(p(".meta.json"), format_version=2), "format_version 2"),
     "meta count": (lambda p: edit_meta(p(".meta.json"), num_tokens=12), "num_tokens is 12"),
 }

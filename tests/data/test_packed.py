@@ -175,8 +175,9 @@ def test_too_short_names_the_flag_and_a_value_that_works(tmp_path: Path):
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path):
     indexed = write(tmp_path, [[1, 9, 0]])
+    indexed.vocab_size = 9
     with pytest.raises(DataError, match="token id 9 is outside the vocabulary of 9"):
-        PackedDataset(indexed, 3, 0, EOD, vocab_size=9)[0]
+        PackedDataset(indexed, 3, 0, EOD)[0]
 
 
 def test_many_documents_are_no_python_loop(tmp_path: Path):

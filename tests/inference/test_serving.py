@@ -114,7 +114,7 @@ def test_stop_strings(client, loaded):
         ({"prompt": "a", "temperature": -1}, "temperature: Input should be greater than or equal to 0"),
         ({"prompt": "a", "temperature": 1e-40}, None),
         ({"prompt": "a", "temperature": 1, "repetition_penalty": 1e-40}, "repetition_penalty"),
-        ({"prompt": "a", "mode": "loud"}, "--mode loud: unknown"),
+        ({"prompt": "a", "mode": "loud"}, "mode loud: unknown"),
         ({"prompt": "a", "width": 9}, "width 9: not in this model's nest"),
         ({"prompt": "a", "logprobs": 3}, "logprobs"),
         ({"prompt": "a", "frequency_penalty": 1}, "frequency_penalty"),

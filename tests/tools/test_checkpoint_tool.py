@@ -84,7 +84,7 @@ def elements_of_rank(spec, tp: int, dp: int, tp_rank: int, dp_rank: int) -> Tens
 def test_canonical_becomes_training_and_back(call, two_ranks, tmp_path, tp, dp):
     model, start = two_ranks / "model", tmp_path / "start"
     code, out, err = call("convert", model, start, *(("--tp", tp, "--dp", dp) if tp * dp > 1 else ()))
-    assert (code, err) == (0, "") and f"for tp {tp} x dp {dp}; train on with --resume {start}" in out
+    assert (code, err) == (0, "") and f"for tp {tp} x dp {dp}; train on with pretrain_adamba.py --resume {start}" in out
     ranks = {f"__{rank}_0.distcp" for rank in range(tp * dp)}
     assert {path.name for path in start.iterdir()} == ranks | {"metadata.json", "state.json", "files.json"}
     held = reassemble(start)
@@ -202,7 +202,7 @@ def test_the_tokenizer_file_goes_along_where_it_is_the_runs(call, one_rank, tmp_
 
     known = load_tokenizer(str(own)).hash
     assert "its tokenizer" not in convert(own, known)
-    assert (model / "own.model").read_bytes() == own.read_bytes()
+    assert (model / "tokenizer.model").read_bytes() == own.read_bytes()
     for path, digest, why in (
         (secret, known, "cannot be read"),
         (tmp_path / "gone.model", known, "is not a file here"),

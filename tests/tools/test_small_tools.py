@@ -197,12 +197,12 @@ def test_generate_repeats_itself_with_a_seed(tool, checkpoint):
     ("words", "code", "message"),
     [
         (("--width", 15), 2, "error: width 15: not in this model's nest [8, 16, 32]; try 16"),
-        (("--mode", "loud"), 2, "error: --mode loud: unknown; modes of this model are ghost, whisper, normal, think"),
+        (("--mode", "loud"), 2, "error: mode loud: unknown; modes of this model are ghost, whisper, normal, think"),
         (("--prompt", ""), 2, 'error: --prompt: is empty; for example --prompt "def "'),
         (("--max-new-tokens", 0), 2, "error: --max-new-tokens 0: must be above 0"),
         (("--top-p", 2), 2, "error: --top-p 2.0: must lie between 0 and 1"),
-        (("--dtype", "fp8"), 2, "error: --dtype fp8: must be one of bf16, fp32"),
-        (("--model", "/nowhere"), 5, "error: --model /nowhere: no such folder; a run leaves one at RUN/model"),
+        (("--dtype", "fp8"), 2, "error: dtype fp8: must be one of bf16, fp32"),
+        (("--model", "/nowhere"), 5, "error: /nowhere: no such folder; a run leaves one at RUN/model"),
     ],
     ids=str,
 )

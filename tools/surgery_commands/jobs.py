@@ -66,9 +66,7 @@ def _carry_out(args: argparse.Namespace, plan: Callable[[argparse.Namespace], Jo
         write_job(job, args.target, max_shard_bytes, _show_progress if sys.stderr.isatty() else lambda *_: None)
     made = "would hold" if args.dry_run else "holds"
     size = f"{len(job.tensors)} tensors, {job.num_bytes / 1e9:.3f} GB, in {job.num_shards(max_shard_bytes)} files"
-    print(f"{args.target} {made} {size}; {job.promise}")
-    if job.note:
-        print(job.note)
+    print(f"{args.target} {made} {size}; {job.promise}" + (f"; {job.note}" if job.note else ""))
     return 0
 
 

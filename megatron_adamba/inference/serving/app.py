@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from megatron_adamba.config.script import without_flags
 from megatron_adamba.errors import AdambaError, ConfigError
 from megatron_adamba.inference.generate import Generation, GenerationRequest
 from megatron_adamba.inference.load import LoadedModel
@@ -64,7 +65,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(AdambaError)
     async def refused(request: Request, error: AdambaError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "invalid_request_error"), 400)
+        return JSONResponse(error_body(without_flags(str(error)), "invalid_request_error"), 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
