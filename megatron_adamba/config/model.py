@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from megatron_adamba.config.rope import check_yarn
 from megatron_adamba.config.rules import in_range, one_of, positive
 from megatron_adamba.errors import ConfigError
 
@@ -154,10 +156,6 @@ class ModelConfig:
             "mamba_chunk_size",
             "ffn_granule",
             "norm_eps",
-            "rope_theta",
-            "rope_original_context",
-            "rope_beta_fast",
-            "rope_beta_slow",
             "experts_per_token",
         ):
             positive(f"--model.{name}", getattr(self, name))
@@ -173,7 +171,7 @@ class ModelConfig:
         ):
             if getattr(self, name) is not None:
                 positive(f"--model.{name}", getattr(self, name))
-        in_range("--model.rope_factor", self.rope_factor, 1, float("inf"))
+        self._check_rope()
         for name in (
             "logit_softcap",
             "num_experts",
@@ -191,3 +189,16 @@ class ModelConfig:
             raise ConfigError("--model.window_pattern '': is empty; L lets every attention layer see all keys")
         for letter in self.window_pattern:
             one_of("--model.window_pattern", letter, ("S", "L"))
+
+    def _check_rope(self) -> None:
+        for name in ("theta", "beta_fast", "beta_slow"):
+            value = getattr(self, f"rope_{name}")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"--model.rope_{name} {value}: must be above 0 and finite")
+        in_range("--model.rope_original_context", self.rope_original_context, 1, 2**40)
+        in_range("--model.rope_factor", self.rope_factor, 1, 2**40)
+        if self.rope_factor > 1:
+            steps = self.head_dim_steps or [self.head_dim]
+            sizes = [after - before for before, after in zip([0, *steps], steps)]
+            betas = self.rope_beta_fast, self.rope_beta_slow
+            check_yarn(sizes, self.rope_theta, self.rope_original_context, *betas)
