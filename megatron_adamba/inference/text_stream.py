@@ -14,6 +14,12 @@ _CONTEXT = 16
 """tokens before that are decoded again with new ones"""
 
 
+def clean_text(text: str) -> str:
+    """Text that can be encoded: halves of surrogate pairs, alone in JSON or in words of a command line that are not
+    UTF-8, become U+FFFD; pairs become the character that they are."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class TextStream:
     """The text that one sequence of new tokens makes."""
 
