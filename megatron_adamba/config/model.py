@@ -141,6 +141,8 @@ class ModelConfig:
     means hidden_size"""
     expanded_from: dict[str, int] | None = None
     """sizes before surgery made the model wider; phase 3 tells old weights from new ones by them"""
+    end_tokens: list[int] | None = None
+    """ids that end a text where the model generates; null means the tokenizer's end-of-document token"""
     modes: dict[str, int] = field(default_factory=_default_modes)
     """names for widths; `think` is all of hidden_size; below 2048 scaled by hidden_size / 2048 to the nearest width"""
 
@@ -172,6 +174,8 @@ class ModelConfig:
             if getattr(self, name) is not None:
                 positive(f"--model.{name}", getattr(self, name))
         self._check_rope()
+        for token in self.end_tokens or []:
+            in_range("--model.end_tokens", token, 0, self.vocab_size - 1 if self.vocab_size else 2**40)
         for name in (
             "logit_softcap",
             "num_experts",

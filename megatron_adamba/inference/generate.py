@@ -91,6 +91,7 @@ class Generation:
         self.kept: dict[int, Sequence] = {}
         """finished ones whose caches are still there"""
         self._numbers = 0
+        self._ends = loaded.end_ids
 
     def add(self, request: GenerationRequest) -> tuple[Sequence, NewToken]:
         """Read the prompt and make the first token. Needs a free slot. Raises ConfigError."""
@@ -177,8 +178,9 @@ class Generation:
         token = int(choose(logits, request.sampling, sequence.generator, seen))
         sequence.tokens.append(token)
         sequence.made += 1
-        text = sequence.stream.push(token)
-        if sequence.stream.stopped or (request.stop_at_eod and token == self.loaded.tokenizer.eod_id):
+        ends = request.stop_at_eod and token in self._ends
+        text = "" if ends else sequence.stream.push(token)
+        if sequence.stream.stopped or ends:
             sequence.finish = "stop"
         elif sequence.made == request.max_new_tokens:
             sequence.finish = "length"

@@ -237,7 +237,4 @@ def to_hugging_face(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
         "rope_scaling": rope,
         "max_position_embeddings": int(config.rope_factor * config.rope_original_context),
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
     }

@@ -6,19 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
-from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.data.tokenizer import load_tokenizer
-from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_adamba.errors import CheckpointError
+from megatron_adamba.surgery.end_tokens import published_end_tokens
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
 from megatron_adamba.surgery.gpt_oss_config import OPENAI, read_gpt_oss_config
+from megatron_adamba.surgery.importing import given_tokenizer, new_gain, own_tokenizer, tokenizer_settings, with_nest
 from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES, dequantize
 from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_json
 from megatron_adamba.surgery.writing import Job, PlannedTensor
@@ -35,47 +34,22 @@ def import_gpt_oss(source: Path, widths: Sequence[int] | None = None, tokenizer:
     """
     config_path = source / "config.json"
     tensors = TensorFolder(source)
-    layout_name, config = read_gpt_oss_config(config_path, read_json(config_path))
-    config = _resolve(config, config_path, widths)
+    told = read_json(config_path)
+    layout_name, config = read_gpt_oss_config(config_path, told)
+    config = with_nest(config, config_path, widths)
     plan = _Importer(tensors, LAYOUTS[layout_name], config).plan()
-    values: dict[str, Any] = {"model": asdict(config)}
-    tokenizer_file = tokenizer or _own_tokenizer(source, layout_name)
-    if tokenizer_file is not None:
-        values |= _tokenizer_settings(tokenizer_file, config.vocab_size)
-    arguments = {"widths": config.widths, "tokenizer": tokenizer_file.name if tokenizer_file else None}
+    folders = _folders(source, layout_name)
+    file = given_tokenizer(tokenizer) or own_tokenizer(*folders)
+    config = replace(config, end_tokens=published_end_tokens(folders[-1], told, config.vocab_size, file))
+    values = {"model": asdict(config), **tokenizer_settings(file, config.vocab_size)}
+    arguments = {"widths": config.widths, "tokenizer": file.name if file else None}
     history = extended_history(source, "import gpt-oss", arguments, layout_name)
-    return Job(plan, values, history, PROMISE, [tokenizer_file] if tokenizer_file else [])
+    return Job(plan, values, history, PROMISE, [file] if file else [])
 
 
-def _resolve(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> ModelConfig:
-    try:
-        config.check()
-        resolve_model(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    hidden = config.hidden_size
-    if widths is None:
-        widths = [hidden // 16, hidden // 4, hidden // 2, hidden] if hidden % 16 == 0 else [hidden]
-    try:
-        return resolve_model(replace(config, widths=list(widths)))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--model.widths", "--widths")) from None
-
-
-def _own_tokenizer(source: Path, layout: str) -> Path | None:
-    """tokenizer.json of the source; a release keeps the one of its `original` folder beside that."""
-    folders = [source, source.parent] if layout == OPENAI and source.name == "original" else [source]
-    return next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
-
-
-def _tokenizer_settings(path: Path, vocab_size: int) -> dict[str, Any]:
-    """What config.json says of a tokenizer that lies beside it."""
-    tokenizer = load_tokenizer(str(path))
-    if tokenizer.vocab_size > vocab_size:
-        raise TokenizerError(
-            f"--tokenizer {path}: has {tokenizer.vocab_size} tokens, the model's vocabulary is {vocab_size}"
-        )
-    return {"data": {"tokenizer": path.name}, "tokenizer_hash": tokenizer.hash}
+def _folders(source: Path, layout: str) -> list[Path]:
+    """Where the source's text files are: a release keeps those of its `original` folder beside that."""
+    return [source, source.parent] if layout == OPENAI and source.name == "original" else [source]
 
 
 @dataclass
@@ -90,7 +64,7 @@ class _Importer:
         planned = []
         for spec in manifest(self.config):
             if spec.group == "gain":
-                planned.append(_new_gain(spec))
+                planned.append(new_gain(spec))
                 continue
             place = self.layout.place(spec.name)
             planned.append((self._expert_matrix if place.expert_matrix else self._plain)(spec, place, used))
@@ -175,7 +149,3 @@ def _rows(place: Place) -> slice:
 
 def _origin(place: Place, name: str) -> str:
     return name if place.part == "all" else f"{name}, {'odd' if place.part == 'up' else 'even'} rows"
-
-
-def _new_gain(spec: ParamSpec) -> PlannedTensor:
-    return PlannedTensor(spec.name, spec.shape, torch.float32, "new: ones", partial(torch.ones, spec.shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,16 @@ from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.errors import CheckpointError, ConfigError
-from megatron_adamba.surgery.importing import Claims, Source, new_gain, own_tokenizer, tokenizer_settings, with_nest
+from megatron_adamba.surgery.end_tokens import named_end_tokens, published_end_tokens
+from megatron_adamba.surgery.importing import (
+    Claims,
+    Source,
+    given_tokenizer,
+    new_gain,
+    own_tokenizer,
+    tokenizer_settings,
+    with_nest,
+)
 from megatron_adamba.surgery.nanochat import OWN, TRANSFORMERS, Layout
 from megatron_adamba.surgery.nanochat_config import CodeSettings, read_metadata, read_transformers_config
 from megatron_adamba.surgery.nanochat_extras import idle_extras
@@ -49,6 +58,9 @@ def import_nanochat(
         promise += f"; {padding} padding rows of the vocabulary are left out"
     arguments = {"step": int(re.sub(r"\D", "", path.stem)), "rope_base": config.rope_theta}
     arguments |= {"softcap": config.logit_softcap, "window": config.sliding_window and config.sliding_window - 1}
+    tokenizer = given_tokenizer(tokenizer) or own_tokenizer(source)
+    # at these its own code ends a turn
+    config = replace(config, end_tokens=named_end_tokens(tokenizer, ("<|assistant_end|>", "<|bos|>")))
     return _job(source, "import nanochat", plan, config, promise, arguments, OWN, tokenizer)
 
 
@@ -58,7 +70,10 @@ def import_hugging_face_nanochat(
     """Check a folder of transformers' NanoChatForCausalLM and plan its canonical checkpoint. Raises as above."""
     config_path = source / "config.json"
     folder = TensorFolder(source)
-    config = with_nest(read_transformers_config(config_path, read_json(config_path)), config_path, widths)
+    values = read_json(config_path)
+    config = with_nest(read_transformers_config(config_path, values), config_path, widths)
+    tokenizer = given_tokenizer(tokenizer) or own_tokenizer(source)
+    config = replace(config, end_tokens=published_end_tokens(source, values, config.vocab_size, tokenizer))
     plan = _plan(folder, Claims(folder, source, "config.json"), TRANSFORMERS, config)
     return _job(source, "import hf", plan, config, PROMISE, {}, TRANSFORMERS, tokenizer)
 
@@ -91,7 +106,6 @@ def _job(
     layout: Layout,
     tokenizer: Path | None,
 ) -> Job:
-    tokenizer = tokenizer or own_tokenizer(source)
     values = {"model": asdict(config), **tokenizer_settings(tokenizer, config.vocab_size)}
     arguments |= {"widths": config.widths, "tokenizer": tokenizer.name if tokenizer else None}
     history = extended_history(source, operation, arguments, layout.title)

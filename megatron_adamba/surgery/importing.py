@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.root import TOKENIZER_FILES
 from megatron_adamba.data.tokenizer import load_tokenizer
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.surgery.sources import DTYPE_NAMES, Entry
@@ -67,10 +68,19 @@ def tokenizer_settings(path: Path | None, vocab_size: int) -> dict[str, Any]:
     return {"data": {"tokenizer": path.name}, "tokenizer_hash": tokenizer.hash}
 
 
-def own_tokenizer(folder: Path) -> Path | None:
-    """tokenizer.json of the source, where there is one."""
-    path = folder / "tokenizer.json"
-    return path if path.is_file() else None
+def own_tokenizer(*folders: Path) -> Path | None:
+    """tokenizer.json or tokenizer.model of the first folder that has one."""
+    return next((path for folder in folders for name in TOKENIZER_FILES if (path := folder / name).is_file()), None)
+
+
+def given_tokenizer(path: Path | None) -> Path | None:
+    """The file that --tokenizer means: a folder's own, one behind `tiktoken:`."""
+    if path is None:
+        return None
+    if path.is_dir():
+        return own_tokenizer(path) or path
+    name = str(path).removeprefix("tiktoken:")
+    return Path(name) if Path(name).is_file() else path
 
 
 def new_gain(spec: ParamSpec) -> PlannedTensor:

@@ -219,9 +219,6 @@ def to_transformers_config(config: ModelConfig, dtype_name: str) -> dict[str, An
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "final_logit_softcapping": config.logit_softcap or None,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
     }
     if config.head_dim * config.num_heads != config.hidden_size:
         values["head_dim"] = config.head_dim

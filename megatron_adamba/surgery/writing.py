@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class Job:
     """what the operation preserves, in a line"""
     files: list[Path] = field(default_factory=list)
     """copied in under their own names"""
+    made: dict[str, bytes] = field(default_factory=dict)
+    """further files, by name"""
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
@@ -76,8 +79,11 @@ def write_job(job: Job, folder: Path, max_shard_bytes: int, report: Report) -> N
     Raises ConfigError where the folder exists, StorageError where the disk is too small or refuses.
     """
     prepare_target(folder, job.num_bytes)
-    with at_the_pace_of_the_disk():
-        write_canonical(folder, job.config, _made(job, report), job.files, max_shard_bytes, job.infos, job.history)
+    with at_the_pace_of_the_disk(), TemporaryDirectory() as made:
+        for name, content in job.made.items():
+            (Path(made) / name).write_bytes(content)
+        files = [*job.files, *sorted(Path(made).iterdir())]
+        write_canonical(folder, job.config, _made(job, report), files, max_shard_bytes, job.infos, job.history)
 
 
 @contextmanager

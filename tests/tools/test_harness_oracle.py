@@ -15,8 +15,9 @@ from megatron_adamba.surgery.import_hf import import_hugging_face
 from megatron_adamba.surgery.writing import write_job
 
 pytestmark = pytest.mark.oracle
-WORDS = "the cat sat on a mat and saw what it was".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "what", "it", "was"]
 LENGTH = 24
+VOCABULARY = 275
 
 
 def make_tokenizer(path: Path) -> Path:
@@ -27,7 +28,7 @@ def make_tokenizer(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=VOCABULARY,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -141,7 +142,7 @@ def test_what_is_refused(both):
         ours(exit_treshold=0.5)
     with pytest.raises(ConfigError, match="max_gen_toks 24: must be 1 or more, and leave room"):
         ours().generate_until([ask("generate_until", "a", {"max_gen_toks": 24})])
-    with pytest.raises(ConfigError, match="a continuation has .* tokens; give max_length="):
+    with pytest.raises(ConfigError, match=r"a continuation has .* tokens; give max_length="):
         ours().loglikelihood([ask("loglikelihood", "a", " →" * 30)])
     with pytest.raises(ConfigError, match="--model_args max_length 0: must be above 0"):
         ours(max_length=0)
