@@ -30,6 +30,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     """strings that end the text, themselves left out"""
     stop_at_eod: bool = True
+    echoed: bool = False
+    """the text follows on `finished_text` of the prompt: what that leaves out at the end is shown with it"""
 
     def check(self, capacity: int) -> None:
         """Raises ConfigError."""
@@ -104,7 +106,7 @@ class Generation:
             self.decoder.begin(slot, request.policy)
             decoded = self._prefill(slot, request.prompt)
             generator = torch.Generator(device=self.loaded.device).manual_seed(request.sampling.seed)
-            stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop)
+            stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop, request.echoed)
             exits, widened = decoded.exit_layers.cpu(), decoded.widened_at.cpu()
             sequence = Sequence(number, slot, request, generator, stream, list(request.prompt), exits, widened)
             self.running[number] = sequence
