@@ -28,7 +28,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     source.add_argument("--items", type=Path, help='with --adaptive: lines of {"prompt", "answer"}')
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
-    parser.add_argument("--max-tokens", type=int, help="only the first documents up to so many tokens")
+    parser.add_argument("--max-tokens", type=int, help="only the first so many tokens")
     parser.add_argument("--dtype", default="bf16", help="bf16 | fp32")
     parser.add_argument("--exits", action="store_true", help="full width up to each layer, too")
     parser.add_argument("--adaptive", action="store_true", help="fixed widths, fixed exits and the model's own choices")

@@ -1,4 +1,4 @@
-"""What OpenAI's clients send and expect beyond the plain case: nulls, roles, white space, halves of characters, counts."""
+"""What OpenAI's clients send and expect beyond the plain case: nulls, roles, white space, halves, counts."""
 
 from __future__ import annotations
 
@@ -170,17 +170,17 @@ def test_halves_of_pairs_are_cleaned(address, loaded):
         f"{address}/v1/{path}", content=raw, headers={"Content-Type": "application/json"}
     )
     for raw in (r'"a\ud800b"', r'["a\udc00b"]'):
-        answer = post("completions", '{"max_tokens": 4, "temperature": 0, "prompt": %s}' % raw)
+        answer = post("completions", '{"max_tokens": 4, "temperature": 0, "prompt": ' + raw + "}")
         assert answer.status_code == 200 and answer.json()["choices"][0]["text"] == want
     whole = post("completions", r'{"max_tokens": 4, "temperature": 0, "prompt": "a\ud83d\ude00"}').json()
     assert whole["choices"][0]["text"] == alone(loaded, "a😀", 4)[0]
     for part in (r'"\ud800"', r'[{"type": "text", "text": "\ud800"}]'):
-        answer = post("chat/completions", '{"max_tokens": 2, "messages": [{"role": "user", "content": %s}]}' % part)
+        answer = post("chat/completions", '{"max_tokens": 2, "messages": [{"role": "user", "content": ' + part + "}]}")
         assert answer.status_code == 200, answer.text
     for field in (r'"stop": "\ud800"', r'"stop": ["x\udfff"]', r'"user": "\ud800"'):
-        assert post("completions", '{"prompt": "a", "max_tokens": 2, %s}' % field).status_code == 200
+        assert post("completions", '{"prompt": "a", "max_tokens": 2, ' + field + "}").status_code == 200
     for field in (r'"mode": "\ud800"', r'"\ud800": 1', r'"width": "\ud800"', r'"stream_options": "\ud800"'):
-        answer = post("completions", '{"prompt": "a", "max_tokens": 2, %s}' % field)
+        answer = post("completions", '{"prompt": "a", "max_tokens": 2, ' + field + "}")
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
