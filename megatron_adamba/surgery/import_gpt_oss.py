@@ -17,7 +17,14 @@ from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.end_tokens import published_end_tokens
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
 from megatron_adamba.surgery.gpt_oss_config import OPENAI, read_gpt_oss_config
-from megatron_adamba.surgery.importing import given_tokenizer, new_gain, own_tokenizer, tokenizer_settings, with_nest
+from megatron_adamba.surgery.importing import (
+    given_tokenizer,
+    new_gain,
+    own_tokenizer,
+    tied_head,
+    tokenizer_settings,
+    with_nest,
+)
 from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES, dequantize
 from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_json
 from megatron_adamba.surgery.writing import Job, PlannedTensor
@@ -60,7 +67,10 @@ class _Importer:
 
     def plan(self) -> tuple[PlannedTensor, ...]:
         """Every canonical tensor; every tensor of the source is used, or the first that is not is named."""
+        places = self.layout.ends
         used: set[str] = set()
+        if self.config.tie_embeddings:
+            used = tied_head(self.source, self.source.folder, places["head.weight"], places["embedding.weight"])
         planned = []
         for spec in manifest(self.config):
             if spec.group == "gain":

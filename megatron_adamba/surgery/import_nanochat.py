@@ -20,6 +20,7 @@ from megatron_adamba.surgery.importing import (
     given_tokenizer,
     new_gain,
     own_tokenizer,
+    tied_head,
     tokenizer_settings,
     with_nest,
 )
@@ -74,7 +75,11 @@ def import_hugging_face_nanochat(
     config = with_nest(read_transformers_config(config_path, values), config_path, widths)
     tokenizer = given_tokenizer(tokenizer) or own_tokenizer(source)
     config = replace(config, end_tokens=published_end_tokens(source, values, config.vocab_size, tokenizer))
-    plan = _plan(folder, Claims(folder, source, "config.json"), TRANSFORMERS, config)
+    places = TRANSFORMERS.ends
+    copied = set()
+    if config.tie_embeddings:
+        copied = tied_head(folder, source, places["head.weight"], places["embedding.weight"])
+    plan = _plan(folder, Claims(folder, source, "config.json", copied), TRANSFORMERS, config)
     return _job(source, "import hf", plan, config, PROMISE, {}, TRANSFORMERS, tokenizer)
 
 

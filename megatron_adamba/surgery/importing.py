@@ -21,6 +21,8 @@ from megatron_adamba.surgery.sources import DTYPE_NAMES, Entry
 from megatron_adamba.surgery.writing import PlannedTensor
 
 FLOATS = (torch.bfloat16, torch.float32)
+_ROWS_AT_ONCE = 2**22
+"""values"""
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
@@ -85,6 +87,27 @@ def given_tokenizer(path: Path | None) -> Path | None:
 
 def new_gain(spec: ParamSpec) -> PlannedTensor:
     return PlannedTensor(spec.name, spec.shape, torch.float32, "new: ones", partial(torch.ones, spec.shape))
+
+
+def tied_head(source: Source, where: Path, head: str, embedding: str) -> set[str]:
+    """The head of a tied model, where a source stores it beside the embedding: a copy, which is left out.
+
+    Raises CheckpointError where it is none. Memory: some rows of both.
+    """
+    if head not in source.entries or embedding not in source.entries:
+        return set()
+    first, second = source.entries[head].info.shape, source.entries[embedding].info.shape
+    rows = max(1, _ROWS_AT_ONCE // max(first[-1] if first else 1, 1))
+    same = first == second and all(
+        torch.equal(source.rows(head, start, start + rows).float(), source.rows(embedding, start, start + rows).float())
+        for start in range(0, first[0] if first else 0, rows)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{where}: tensor {head} is not {embedding}, though config.json ties the two (tie_word_embeddings); set it "
+            f"to false there if the head is its own"
+        )
+    return {head}
 
 
 @dataclass

@@ -15,24 +15,6 @@ NORM_EPS = 1.1920929e-7
 """of nanochat's own code: that of fp32, whatever it computes in"""
 GRANULE = 64
 ARCHITECTURE = "NanoChatForCausalLM"
-_HARMLESS = (
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
-"""settings of transformers that leave the logits alone"""
 
 
 @dataclass(frozen=True)
@@ -172,7 +154,7 @@ def read_transformers_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         logit_softcap=_softcap(s),
         tie_embeddings=s.flag("tie_word_embeddings", False),
     )
-    s.finish(_HARMLESS)
+    s.finish()
     return config
 
 
