@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "accelerate>=1.15",
             "einops>=0.8",
             "httpx>=0.28",
             "hypothesis>=6.100",

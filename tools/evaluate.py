@@ -28,8 +28,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     source.add_argument("--items", type=Path, help='with --adaptive: lines of {"prompt", "answer"}')
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
-    parser.add_argument("--max-tokens", type=int, help="only the first documents up to so many tokens")
-    parser.add_argument("--dtype", default="bf16", help="bf16 | fp32")
+    parser.add_argument("--max-tokens", type=int, help="only the first so many tokens")
+    parser.add_argument("--dtype", help="bf16 | fp32; by default bf16 where the machine has it")
+    parser.add_argument("--no-verify", action="store_true", help="do not hold tensors against their checksums")
     parser.add_argument("--exits", action="store_true", help="full width up to each layer, too")
     parser.add_argument("--adaptive", action="store_true", help="fixed widths, fixed exits and the model's own choices")
     parser.add_argument("--exit-threshold", type=float, nargs="+", default=[0.95], help="adaptive: each is a row")
@@ -64,7 +65,7 @@ def main(words: list[str]) -> int:
     from megatron_adamba.parallel.topology import single_process
     from megatron_adamba.training.report import print_rows
 
-    loaded = load_model(args.model, args.dtype)
+    loaded = load_model(args.model, args.dtype, verify=not args.no_verify)
     indexed = open_dataset(args.data, loaded.tokenizer, "--data")
     batches = evaluation_batches(indexed, args.seq_len, args.batch_size, loaded.tokenizer.eod_id, args.max_tokens)
     config = loaded.model.config
@@ -78,7 +79,7 @@ def main(words: list[str]) -> int:
     rows = evaluate_plans(forward, config, batches, plans, loaded.device, single_process())
     print_rows(Console(), rows)
     if args.json:
-        report = {"model": args.model, "data": args.data, "dtype": args.dtype, "rows": [asdict(row) for row in rows]}
+        report = {"model": args.model, "data": args.data, "dtype": loaded.dtype, "rows": [asdict(row) for row in rows]}
         write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
     if args.plot:
         draw_pareto([row for row in rows if row.exit_layer is None], Path(args.plot))

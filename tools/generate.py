@@ -30,7 +30,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     add_sampling_options(parser)
     parser.add_argument("--stats", action="store_true", help="width, exit layer and compute of each token")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts of --file at a time")
-    parser.add_argument("--dtype", default="bf16", help="bf16 | fp32")
+    parser.add_argument("--dtype", help="bf16 | fp32; by default bf16 where the machine has it")
+    parser.add_argument("--no-verify", action="store_true", help="do not hold tensors against their checksums")
     parser.add_argument("--output", metavar="FILE", help="write the text there too; for --file one JSON object a line")
     return parser.parse_args(words)
 
@@ -44,7 +45,7 @@ def main(words: list[str]) -> int:
 
     sampling, mode = chosen_sampling(args), chosen_mode(args)
     sampling.check()
-    loaded = load_model(args.model, args.dtype)
+    loaded = load_model(args.model, args.dtype, verify=not args.no_verify)
     run = chat if args.chat else generate_file if args.file else generate_prompt
     run(loaded, args, mode, sampling)
     return 0

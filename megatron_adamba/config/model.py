@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from megatron_adamba.config.rope import check_yarn
 from megatron_adamba.config.rules import in_range, one_of, positive
 from megatron_adamba.errors import ConfigError
 
@@ -151,6 +153,8 @@ class ModelConfig:
     means hidden_size"""
     expanded_from: dict[str, int] | None = None
     """sizes before surgery made the model wider; phase 3 tells old weights from new ones by them"""
+    end_tokens: list[int] | None = None
+    """ids that end a text where the model generates; null means the tokenizer's end-of-document token"""
     modes: dict[str, int] = field(default_factory=_default_modes)
     """names for widths; `think` is all of hidden_size; below 2048 scaled by hidden_size / 2048 to the nearest width"""
 
@@ -167,10 +171,6 @@ class ModelConfig:
             "mamba_chunk_size",
             "ffn_granule",
             "norm_eps",
-            "rope_theta",
-            "rope_original_context",
-            "rope_beta_fast",
-            "rope_beta_slow",
             "experts_per_token",
         ):
             positive(f"--model.{name}", getattr(self, name))
@@ -186,7 +186,9 @@ class ModelConfig:
         ):
             if getattr(self, name) is not None:
                 positive(f"--model.{name}", getattr(self, name))
-        in_range("--model.rope_factor", self.rope_factor, 1, float("inf"))
+        self._check_rope()
+        for token in self.end_tokens or []:
+            in_range("--model.end_tokens", token, 0, self.vocab_size - 1 if self.vocab_size else 2**40)
         for name in (
             "logit_softcap",
             "num_experts",
@@ -215,3 +217,16 @@ class ModelConfig:
         for name in ("block_pattern", "window_pattern", "widths", "layer_widths", "head_dim_steps", "nest", "modes"):
             if len(getattr(self, name) or ()) > _LONGEST:
                 raise ConfigError(f"--model.{name}: must have at most {_LONGEST} entries")
+
+    def _check_rope(self) -> None:
+        for name in ("theta", "beta_fast", "beta_slow"):
+            value = getattr(self, f"rope_{name}")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"--model.rope_{name} {value}: must be above 0 and finite")
+        in_range("--model.rope_original_context", self.rope_original_context, 1, 2**40)
+        in_range("--model.rope_factor", self.rope_factor, 1, 2**40)
+        if self.rope_factor > 1:
+            steps = self.head_dim_steps or [self.head_dim]
+            sizes = [after - before for before, after in zip([0, *steps], steps)]
+            betas = self.rope_beta_fast, self.rope_beta_slow
+            check_yarn(sizes, self.rope_theta, self.rope_original_context, *betas)

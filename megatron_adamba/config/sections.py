@@ -156,7 +156,7 @@ class TrainConfig:
     eval_interval: int = 0
     """steps between evaluations at every width; 0 evaluates only at the end"""
     eval_tokens: int = 65536
-    """validation tokens of one evaluation in training (whole documents up to it)"""
+    """validation tokens of one evaluation in training, the first ones"""
 
     def check(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "nonfinite_patience", "eval_tokens"):

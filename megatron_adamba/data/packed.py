@@ -135,16 +135,16 @@ def _permutation(size: int, seed: int, purpose: int, epoch: int) -> np.ndarray:
 
 
 class EvaluationBatches:
-    """Every token of whole documents, in stored order, each scored once: a sequence of batches.
+    """Every token of documents in stored order, or the first so many, each scored once: a sequence of batches.
 
     A batch is a `Sample` with a leading batch dimension; the last one may have fewer rows, and its last row is padded
     with eod tokens that have no target.
 
     Attributes:
         num_documents, num_tokens: what is scored (the eod of each document included; of documents that nothing
-            closes, the first token is not).
-        num_bytes: UTF-8 bytes of the scored documents, for bits per byte. Exact with PREFIX.bytes; without it
-            proportional to the tokens; None without a sidecar.
+            closes, the first token is not). A limit may cut the last document.
+        num_bytes: UTF-8 bytes of the scored tokens, for bits per byte. Exact with PREFIX.bytes for whole documents;
+            without it, and for a document that is cut, proportional to the tokens; None without a sidecar.
 
     Raises DataError for a token id outside the dataset's vocabulary.
     """
@@ -162,16 +162,16 @@ class EvaluationBatches:
         self._batch_size = batch_size
         self._eod_id = eod_id
         offsets = indexed.document_offsets
-        self.num_documents = indexed.num_documents
+        self.num_documents, self._end = indexed.num_documents, int(offsets[-1])
         if max_tokens is not None:
-            # One document at least, or a short limit would measure nothing.
-            self.num_documents = max(1, int(np.searchsorted(offsets, max_tokens, side="right")) - 1)
+            self._end = min(self._end, max(1, max_tokens))
+            self.num_documents = int(np.searchsorted(offsets, self._end, side="left"))
         bounds = offsets[: self.num_documents + 1]
         # now, and not when a run has trained and evaluates at last
         indexed.check_ids(int(bounds[-1]))
         self._stream = DocumentStream(bounds[:-1], bounds)
-        inner = np.unique(bounds[(bounds > 0) & (bounds < bounds[-1])])
-        self.num_tokens = self._stream.num_tokens - int(np.count_nonzero(indexed.gather(inner - 1) != eod_id))
+        inner = np.unique(bounds[(bounds > 0) & (bounds < self._end)])
+        self.num_tokens = self._end - int(np.count_nonzero(indexed.gather(inner - 1) != eod_id))
         self.num_bytes = self._count_bytes()
 
     def __len__(self) -> int:
@@ -189,11 +189,11 @@ class EvaluationBatches:
 
     @property
     def _num_windows(self) -> int:
-        return -(-self._stream.num_tokens // self._seq_len)
+        return -(-self._end // self._seq_len)
 
     def _row(self, window: int) -> Sample:
         start = window * self._seq_len
-        stop = min(start + self._seq_len, self._stream.num_tokens)
+        stop = min(start + self._seq_len, self._end)
         tokens, documents = self._stream.read(self._indexed, start, stop + 1, self._eod_id)
         sample = make_sample(tokens, documents, self._eod_id)
         missing = self._seq_len - sample["tokens"].size
@@ -202,15 +202,18 @@ class EvaluationBatches:
 
     def _count_bytes(self) -> int | None:
         per_document, meta = self._indexed.document_bytes, self._indexed.meta
-        if per_document is not None:
-            return int(per_document[: self.num_documents].sum(dtype=np.int64))
+        if per_document is not None and self.num_documents:
+            first, after = (int(place) for place in self._stream.bounds[-2:])
+            whole = int(per_document[: self.num_documents - 1].sum(dtype=np.int64))
+            last = int(per_document[self.num_documents - 1])
+            return whole + round(last * (self._end - first) / max(after - first, 1))
         if meta is None:
             return None
-        return round(meta.num_bytes * self._stream.num_tokens / self._indexed.num_tokens)
+        return round(meta.num_bytes * self._end / max(self._indexed.num_tokens, 1))
 
 
 def evaluation_batches(
     indexed: IndexedDataset, seq_len: int, batch_size: int, eod_id: int, max_tokens: int | None = None
 ) -> EvaluationBatches:
-    """Batches that score every token of `indexed` once, or of its first whole documents within `max_tokens`."""
+    """Batches that score every token of `indexed` once, or its first `max_tokens`."""
     return EvaluationBatches(indexed, seq_len, batch_size, eod_id, max_tokens)

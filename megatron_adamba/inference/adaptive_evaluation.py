@@ -43,15 +43,18 @@ class PolicyRow:
 def document_items(
     indexed: IndexedDataset, tokenizer: Tokenizer, seq_len: int, read: int, max_tokens: int | None = None
 ) -> tuple[list[Item], int]:
-    """Documents in pieces of at most seq_len inputs, each by itself, and the number of UTF-8 bytes that are scored.
+    """Documents, or the first max_tokens of their tokens, in pieces of at most seq_len inputs, each by itself, and the
+    number of UTF-8 bytes that are scored.
 
     read: tokens at the beginning of a piece that are not scored, at most half of it; the estimator may read them.
     """
     items, num_bytes, taken = [], 0, 0
     offsets = indexed.document_offsets
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist()):
-        if max_tokens is not None and items and taken + end - start > max_tokens:
-            break
+        if max_tokens is not None:
+            end = min(end, start + max_tokens - taken)
+        if end <= start:
+            continue
         taken += end - start
         tokens = [tokenizer.eod_id, *(int(token) for token in indexed.tokens(start, end))]
         for first in range(0, len(tokens) - 1, seq_len):

@@ -30,6 +30,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     """strings that end the text, themselves left out"""
     stop_at_eod: bool = True
+    echoed: bool = False
+    """the text follows on `finished_text` of the prompt: what that leaves out at the end is shown with it"""
 
     def check(self, capacity: int) -> None:
         """Raises ConfigError."""
@@ -91,6 +93,7 @@ class Generation:
         self.kept: dict[int, Sequence] = {}
         """finished ones whose caches are still there"""
         self._numbers = 0
+        self._ends = loaded.end_ids
 
     def add(self, request: GenerationRequest) -> tuple[Sequence, NewToken]:
         """Read the prompt and make the first token. Needs a free slot. Raises ConfigError."""
@@ -103,7 +106,7 @@ class Generation:
             self.decoder.begin(slot, request.policy)
             decoded = self._prefill(slot, request.prompt)
             generator = torch.Generator(device=self.loaded.device).manual_seed(request.sampling.seed)
-            stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop)
+            stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop, request.echoed)
             exits, widened = decoded.exit_layers.cpu(), decoded.widened_at.cpu()
             sequence = Sequence(number, slot, request, generator, stream, list(request.prompt), exits, widened)
             self.running[number] = sequence
@@ -177,8 +180,9 @@ class Generation:
         token = int(choose(logits, request.sampling, sequence.generator, seen))
         sequence.tokens.append(token)
         sequence.made += 1
-        text = sequence.stream.push(token)
-        if sequence.stream.stopped or (request.stop_at_eod and token == self.loaded.tokenizer.eod_id):
+        ends = request.stop_at_eod and token in self._ends
+        text = "" if ends else sequence.stream.push(token)
+        if sequence.stream.stopped or ends:
             sequence.finish = "stop"
         elif sequence.made == request.max_new_tokens:
             sequence.finish = "length"

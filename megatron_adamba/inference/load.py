@@ -49,6 +49,12 @@ class LoadedModel:
     device: torch.device
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text, themselves not shown."""
+        listed = self.model.config.end_tokens
+        return frozenset([self.tokenizer.eod_id] if listed is None else listed)
+
+    @property
     def reading(self) -> GateReading:
         """What the gates' outputs mean."""
         return GateReading.of(self.gate_config)

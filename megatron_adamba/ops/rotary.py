@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_adamba.config.rope import yarn_range
 from megatron_adamba.ops.rms_norm import inverse_rms
 
 
@@ -25,10 +26,9 @@ class Yarn:
         """Those with more than beta_fast turns in the original context stay, those with fewer than beta_slow are
         divided by the factor, those between are blended linearly in their index; the bounds are not rounded."""
         count = plain.shape[0]
-        place = lambda turns: count * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(theta)
-        low, high = max(place(self.beta_fast), 0), min(place(self.beta_slow), 2 * count - 1)
+        low, high = yarn_range(2 * count, theta, self.original_context, self.beta_fast, self.beta_slow)
         index = torch.arange(count, dtype=plain.dtype, device=plain.device)
-        ramp = ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
+        ramp = ((index - low) / ((high - low) or 1e-3)).clamp(0, 1)
         return plain / self.factor * ramp + plain * (1 - ramp)
 
     @property

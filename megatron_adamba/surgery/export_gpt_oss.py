@@ -15,6 +15,7 @@ from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
+from megatron_adamba.surgery.export_tokenizer import published_text
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Place, source_shape
 from megatron_adamba.surgery.gpt_oss_config import HUGGING_FACE, to_hugging_face
 from megatron_adamba.surgery.sources import OWN_DTYPES, TensorFolder
@@ -37,9 +38,10 @@ def export_hugging_face(source: Path, dtype: torch.dtype | None = None) -> Job:
     if dtype not in TORCH_NAMES:
         raise CheckpointError(f"{source}: embedding.weight is {dtype}; give --dtype bf16 or --dtype fp32")
     plan = _Exporter(old, dtype).plan()
-    values = to_hugging_face(old.config, TORCH_NAMES[dtype])
+    text = published_text(old)
+    values = to_hugging_face(old.config, TORCH_NAMES[dtype]) | text.settings
     history = extended_history(source, "export hf", {"dtype": TORCH_NAMES[dtype]}, "canonical")
-    return Job(plan, values, history, PROMISE, old.tokenizer_files())
+    return Job(plan, values, history, PROMISE, contents=text.files)
 
 
 def check_exportable(config: ModelConfig, source: Path) -> None:

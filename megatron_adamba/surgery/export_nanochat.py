@@ -18,6 +18,7 @@ from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
+from megatron_adamba.surgery.export_tokenizer import published_text
 from megatron_adamba.surgery.importing import FLOATS
 from megatron_adamba.surgery.nanochat import OWN, TRANSFORMERS, Layout, norm_of
 from megatron_adamba.surgery.nanochat_config import (
@@ -38,6 +39,7 @@ MAX_STEP = 999_999
 _LEFT = {
     "widths",
     "nest",
+    "end_tokens",
     "modes",
     "ffn_granule",
     "gate_size",
@@ -65,8 +67,10 @@ def export_hugging_face_nanochat(source: Path, dtype: torch.dtype | None = None)
     plan = _Exporter(old, TRANSFORMERS, dtype).plan()
     # transformers casts all tensors to this one: the wider loses nothing
     widest = torch.float32 if any(tensor.dtype == torch.float32 for tensor in plan) else torch.bfloat16
-    values = to_transformers_config(old.config, TORCH_NAMES[widest])
-    return _job(source, "export hf", old, plan, values, {"dtype": TORCH_NAMES.get(dtype)})
+    text = published_text(old)
+    values = to_transformers_config(old.config, TORCH_NAMES[widest]) | text.settings
+    history = extended_history(source, "export hf", {"dtype": TORCH_NAMES.get(dtype)}, "canonical")
+    return Job(plan, values, history, PROMISE, contents=text.files)
 
 
 def export_nanochat(source: Path, step: int = 0, dtype: torch.dtype | None = None) -> Job:
@@ -81,19 +85,8 @@ def export_nanochat(source: Path, step: int = 0, dtype: torch.dtype | None = Non
     check_exportable(old.config, source, "nanochat's first release", read)
     plan = _Exporter(old, OWN, dtype).plan()
     arguments = {"step": step, "dtype": TORCH_NAMES.get(dtype)}
-    return _job(source, "export nanochat", old, plan, to_metadata(old.config, step), arguments)
-
-
-def _job(
-    source: Path,
-    operation: str,
-    old: CanonicalSource,
-    plan: tuple[PlannedTensor, ...],
-    values: dict[str, Any],
-    arguments: dict[str, Any],
-) -> Job:
-    history = extended_history(source, operation, arguments, "canonical")
-    return Job(plan, values, history, PROMISE, old.tokenizer_files())
+    history = extended_history(source, "export nanochat", arguments, "canonical")
+    return Job(plan, to_metadata(old.config, step), history, PROMISE, old.tokenizer_files())
 
 
 def check_exportable(config: ModelConfig, source: Path, target: str, read_back: Callable[[], ModelConfig]) -> None:

@@ -15,27 +15,8 @@ NORM_EPS, GATE_SLOPE = 1e-5, 1.702
 """OpenAI's code has them as constants"""
 GRANULE = 64
 LETTERS = {"sliding_attention": "S", "full_attention": "L"}
-_HARMLESS = (
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "max_position_embeddings",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "router_aux_loss_coef",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
-"""settings of transformers that leave the logits alone"""
+_HARMLESS = ("max_position_embeddings", "output_router_logits", "router_aux_loss_coef")
+"""its own settings that leave the logits alone"""
 _ROPE_DEFAULT = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -237,7 +218,4 @@ def to_hugging_face(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
         "rope_scaling": rope,
         "max_position_embeddings": int(config.rope_factor * config.rope_original_context),
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
     }

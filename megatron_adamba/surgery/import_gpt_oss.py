@@ -6,19 +6,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
-from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.errors import CheckpointError, ConfigError
+from megatron_adamba.errors import CheckpointError
+from megatron_adamba.surgery.end_tokens import published_end_tokens
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
 from megatron_adamba.surgery.gpt_oss_config import OPENAI, read_gpt_oss_config
-from megatron_adamba.surgery.importing import TokenizerChoice, as_choice, import_tokenizer
+from megatron_adamba.surgery.importing import (
+    TokenizerChoice,
+    as_choice,
+    import_tokenizer,
+    new_gain,
+    tied_head,
+    with_nest,
+)
 from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES, dequantize
 from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_json
 from megatron_adamba.surgery.writing import Job, PlannedTensor
@@ -37,35 +43,21 @@ def import_gpt_oss(
     """
     config_path = source / "config.json"
     tensors = TensorFolder(source)
-    layout_name, config = read_gpt_oss_config(config_path, read_json(config_path))
-    config = _resolve(config, config_path, widths)
+    told = read_json(config_path)
+    layout_name, config = read_gpt_oss_config(config_path, told)
+    config = with_nest(config, config_path, widths)
     plan = _Importer(tensors, LAYOUTS[layout_name], config).plan()
-    values: dict[str, Any] = {"model": asdict(config)}
-    folders = _tokenizer_folders(source, layout_name)
+    folders = _folders(source, layout_name)
     found = import_tokenizer(folders, as_choice(tokenizer), config.vocab_size, "o200k_harmony")
-    values |= found.settings
+    config = replace(config, end_tokens=published_end_tokens(folders[-1], told, config.vocab_size, found.id_of))
+    values = {"model": asdict(config), **found.settings}
     arguments = {"widths": config.widths, "tokenizer": found.name}
     history = extended_history(source, "import gpt-oss", arguments, layout_name)
     return Job(plan, values, history, PROMISE, contents=found.contents, note=found.note)
 
 
-def _resolve(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> ModelConfig:
-    try:
-        config.check()
-        resolve_model(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    hidden = config.hidden_size
-    if widths is None:
-        widths = [hidden // 16, hidden // 4, hidden // 2, hidden] if hidden % 16 == 0 else [hidden]
-    try:
-        return resolve_model(replace(config, widths=list(widths)))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("--model.widths", "--widths")) from None
-
-
-def _tokenizer_folders(source: Path, layout: str) -> list[Path]:
-    """A release keeps the tokenizer of its `original` folder beside that."""
+def _folders(source: Path, layout: str) -> list[Path]:
+    """Where the source's text files are: a release keeps those of its `original` folder beside that."""
     return [source, source.parent] if layout == OPENAI and source.name == "original" else [source]
 
 
@@ -77,11 +69,14 @@ class _Importer:
 
     def plan(self) -> tuple[PlannedTensor, ...]:
         """Every canonical tensor; every tensor of the source is used, or the first that is not is named."""
+        places = self.layout.ends
         used: set[str] = set()
+        if self.config.tie_embeddings:
+            used = tied_head(self.source, self.source.folder, places["head.weight"], places["embedding.weight"])
         planned = []
         for spec in manifest(self.config):
             if spec.group == "gain":
-                planned.append(_new_gain(spec))
+                planned.append(new_gain(spec))
                 continue
             place = self.layout.place(spec.name)
             planned.append((self._expert_matrix if place.expert_matrix else self._plain)(spec, place, used))
@@ -166,7 +161,3 @@ def _rows(place: Place) -> slice:
 
 def _origin(place: Place, name: str) -> str:
     return name if place.part == "all" else f"{name}, {'odd' if place.part == 'up' else 'even'} rows"
-
-
-def _new_gain(spec: ParamSpec) -> PlannedTensor:
-    return PlannedTensor(spec.name, spec.shape, torch.float32, "new: ones", partial(torch.ones, spec.shape))

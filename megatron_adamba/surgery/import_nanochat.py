@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.data.rank_encodings import NANOCHAT
 from megatron_adamba.errors import CheckpointError, ConfigError
+from megatron_adamba.surgery.end_tokens import named_end_tokens, published_end_tokens
 from megatron_adamba.surgery.importing import (
     Claims,
+    ImportedTokenizer,
     Source,
     TokenizerChoice,
     as_choice,
     import_tokenizer,
     new_gain,
+    tied_head,
     with_nest,
 )
 from megatron_adamba.surgery.nanochat import OWN, TRANSFORMERS, Layout
@@ -58,7 +61,10 @@ def import_nanochat(
         promise += f"; {padding} padding rows of the vocabulary are left out"
     arguments = {"step": int(re.sub(r"\D", "", path.stem)), "rope_base": config.rope_theta}
     arguments |= {"softcap": config.logit_softcap, "window": config.sliding_window and config.sliding_window - 1}
-    return _job(source, "import nanochat", plan, config, promise, arguments, OWN, tokenizer)
+    found = import_tokenizer([source], as_choice(tokenizer), config.vocab_size, NANOCHAT)
+    # at these its own code ends a turn
+    config = replace(config, end_tokens=named_end_tokens(found.id_of, ("<|assistant_end|>", "<|bos|>")))
+    return _job(source, "import nanochat", plan, config, promise, arguments, OWN, found)
 
 
 def import_hugging_face_nanochat(
@@ -67,9 +73,16 @@ def import_hugging_face_nanochat(
     """Check a folder of transformers' NanoChatForCausalLM and plan its canonical checkpoint. Raises as above."""
     config_path = source / "config.json"
     folder = TensorFolder(source)
-    config = with_nest(read_transformers_config(config_path, read_json(config_path)), config_path, widths)
-    plan = _plan(folder, Claims(folder, source, "config.json"), TRANSFORMERS, config)
-    return _job(source, "import hf", plan, config, PROMISE, {}, TRANSFORMERS, tokenizer)
+    values = read_json(config_path)
+    config = with_nest(read_transformers_config(config_path, values), config_path, widths)
+    found = import_tokenizer([source], as_choice(tokenizer), config.vocab_size, NANOCHAT)
+    config = replace(config, end_tokens=published_end_tokens(source, values, config.vocab_size, found.id_of))
+    places = TRANSFORMERS.ends
+    copied = set()
+    if config.tie_embeddings:
+        copied = tied_head(folder, source, places["head.weight"], places["embedding.weight"])
+    plan = _plan(folder, Claims(folder, source, "config.json", copied), TRANSFORMERS, config)
+    return _job(source, "import hf", plan, config, PROMISE, {}, TRANSFORMERS, found)
 
 
 def find_step(folder: Path, step: int | None) -> tuple[Path, Path]:
@@ -98,9 +111,8 @@ def _job(
     promise: str,
     arguments: dict[str, Any],
     layout: Layout,
-    tokenizer: Path | TokenizerChoice | None,
+    found: ImportedTokenizer,
 ) -> Job:
-    found = import_tokenizer([source], as_choice(tokenizer), config.vocab_size, NANOCHAT)
     values = {"model": asdict(config), **found.settings}
     arguments |= {"widths": config.widths, "tokenizer": found.name}
     history = extended_history(source, operation, arguments, layout.title)

@@ -21,6 +21,8 @@ from megatron_adamba.surgery.sources import DTYPE_NAMES, Entry
 from megatron_adamba.surgery.writing import PlannedTensor
 
 FLOATS = (torch.bfloat16, torch.float32)
+_ROWS_AT_ONCE = 2**22
+"""values"""
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
@@ -63,6 +65,8 @@ class ImportedTokenizer:
     """files to write beside the weights"""
     note: str = ""
     """for people, where there is none"""
+    id_of: Callable[[str | None], int | None] = lambda name: None
+    """of a token by its name, of None that of the end of a document; None where the tokenizer has no such token"""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,17 @@ def import_tokenizer(
         )
     contents = tokenizer.carried()
     settings = {"data": {"tokenizer": next(iter(contents), str(path))}, "tokenizer_hash": tokenizer.hash}
-    return ImportedTokenizer(path.name, settings, contents)
+
+    def id_of(name: str | None) -> int | None:
+        try:
+            named = load_tokenizer(
+                str(path), name or choice.eod_token, choice.split_pattern, usual_pattern=usual_pattern, network=False
+            )
+        except TokenizerError:
+            return None
+        return named.eod_id
+
+    return ImportedTokenizer(path.name, settings, contents, id_of=id_of)
 
 
 def own_tokenizer(folders: Sequence[Path]) -> Path | None:
@@ -123,6 +137,27 @@ def own_tokenizer(folders: Sequence[Path]) -> Path | None:
 
 def new_gain(spec: ParamSpec) -> PlannedTensor:
     return PlannedTensor(spec.name, spec.shape, torch.float32, "new: ones", partial(torch.ones, spec.shape))
+
+
+def tied_head(source: Source, where: Path, head: str, embedding: str) -> set[str]:
+    """The head of a tied model, where a source stores it beside the embedding: a copy, which is left out.
+
+    Raises CheckpointError where it is none. Memory: some rows of both.
+    """
+    if head not in source.entries or embedding not in source.entries:
+        return set()
+    first, second = source.entries[head].info.shape, source.entries[embedding].info.shape
+    rows = max(1, _ROWS_AT_ONCE // max(first[-1] if first else 1, 1))
+    same = first == second and all(
+        torch.equal(source.rows(head, start, start + rows).float(), source.rows(embedding, start, start + rows).float())
+        for start in range(0, first[0] if first else 0, rows)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{where}: tensor {head} is not {embedding}, though config.json ties the two (tie_word_embeddings); set it "
+            f"to false there if the head is its own"
+        )
+    return {head}
 
 
 @dataclass

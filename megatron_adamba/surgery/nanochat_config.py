@@ -15,24 +15,6 @@ NORM_EPS = 1.1920929e-7
 """of nanochat's own code: that of fp32, whatever it computes in"""
 GRANULE = 64
 ARCHITECTURE = "NanoChatForCausalLM"
-_HARMLESS = (
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-)
-"""settings of transformers that leave the logits alone"""
 
 
 @dataclass(frozen=True)
@@ -172,7 +154,7 @@ def read_transformers_config(path: Path, values: dict[str, Any]) -> ModelConfig:
         logit_softcap=_softcap(s),
         tie_embeddings=s.flag("tie_word_embeddings", False),
     )
-    s.finish(_HARMLESS)
+    s.finish()
     return config
 
 
@@ -219,9 +201,6 @@ def to_transformers_config(config: ModelConfig, dtype_name: str) -> dict[str, An
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "final_logit_softcapping": config.logit_softcap or None,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
     }
     if config.head_dim * config.num_heads != config.hidden_size:
         values["head_dim"] = config.head_dim

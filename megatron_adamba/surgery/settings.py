@@ -9,6 +9,18 @@ from typing import Any
 from megatron_adamba.errors import CheckpointError
 
 _REQUIRED = object()
+_NOTES = ("_", "unsloth_", "transformers.js_")
+"""beginnings of keys that converters write for themselves"""
+_OF_ALL_MODELS = frozenset(
+    (
+        "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype", "eos_token_id",
+        "finetuning_task", "id2label", "initializer_range", "is_decoder", "label2id", "license", "name_or_path",
+        "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "problem_type", "return_dict",
+        "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
+        "transformers_version", "unk_token_id", "use_cache",
+    )
+)  # fmt: skip
+"""settings of transformers that leave the logits alone"""
 
 
 class Settings:
@@ -64,8 +76,9 @@ class Settings:
         return CheckpointError(f"{self.where}: {key} {self.values.get(key)!r}: {rule}")
 
     def finish(self, harmless: Iterable[str] = ()) -> None:
-        """Refuse what nobody read: it may change what the model computes."""
-        unknown = sorted(key for key in set(self.values) - self._read - set(harmless) if not key.startswith("_"))
+        """Refuse what nobody read and is not null: it may change what the model computes."""
+        left = set(self.values) - self._read - _OF_ALL_MODELS - set(harmless)
+        unknown = sorted(key for key in left if not key.startswith(_NOTES) and self.values[key] is not None)
         if unknown:
             raise self.refusal(
                 unknown[0], "is not known here; take it out of the file if it does not change what the model computes"

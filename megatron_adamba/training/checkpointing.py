@@ -21,7 +21,7 @@ from megatron_adamba.training.phase_change import describe_phase_change
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.start import checkpoint_root, in_own_root
 
-FREE_TO_CHANGE = ("mamba_chunk_size", "modes", "router_balance_weight", "router_z_weight")
+FREE_TO_CHANGE = ("mamba_chunk_size", "modes", "end_tokens", "router_balance_weight", "router_z_weight")
 """settings of a model that change neither its tensors nor what it computes"""
 
 

@@ -244,7 +244,5 @@ def test_modes_stand_for_widths():
     tiny = resolve_model(parse_arguments(["--preset", "tiny-hybrid"]).config.model, 300)
     # of 256 channels an eighth of each: 16, 64, 128, to the nearest of 32, 64, 128, 256
     assert [mode_width(tiny, mode) for mode in ("ghost", "whisper", "normal", "think")] == [32, 64, 128, 256]
-    with pytest.raises(
-        ConfigError, match=r"mode loud: unknown; modes of this model are ghost, whisper, normal, think"
-    ):
+    with pytest.raises(ConfigError, match=r"mode loud: unknown; modes of this model are ghost, whisper, normal, think"):
         mode_width(tiny, "loud")

@@ -200,21 +200,21 @@ def test_evaluation_is_as_described(folder: Path, shapes: list, seq_len: int, ba
     documents = make_documents(shapes)
     indexed = write(folder, documents)
     batches = evaluation_batches(indexed, seq_len, batch_size, EOD, max_tokens=limit)
-    kept = 0
-    for _ in documents:
-        if limit is not None and kept and sum(map(len, documents[: kept + 1])) > limit:
-            break
-        kept += 1
-    expected = describe(documents[:kept], seq_len, padded=True)
+    whole, documents, left = documents, [], limit if limit is not None else sum(map(len, documents))
+    for document in whole:
+        if left > 0:
+            documents.append(document[:left])
+            left -= len(document)
+    expected = describe(documents, seq_len, padded=True)
     rows = [row for batch in batches for row in zip(*(batch[name] for name in ("tokens", "labels", "seq_idx")))]
     assert [tuple(values.tolist() for values in row) for row in rows] == expected
     assert len(batches) == -(-len(expected) // batch_size) == len(list(batches))
     labels = np.concatenate([row[1] for row in rows])
-    assert batches.num_documents == kept
+    assert batches.num_documents == len(documents)
     assert batches.num_tokens == np.count_nonzero(labels != UNSCORED)
-    assert batches.num_bytes == sum(map(len, documents[:kept]))
+    assert batches.num_bytes == sum(map(len, documents))
     if all(closed for _, closed in shapes):
-        tokens = [token for document in documents[:kept] for token in document]
+        tokens = [token for document in documents for token in document]
         assert labels[labels != UNSCORED].tolist() == tokens
 
 
@@ -223,7 +223,7 @@ def test_evaluation_bytes_without_sidecars(tmp_path: Path):
     write_dataset(tmp_path / "d", documents, num_bytes=[30, 50, 80])
     (tmp_path / "d.bytes").unlink()
     assert evaluation_batches(IndexedDataset(tmp_path / "d"), 4, 2, EOD).num_bytes == 160
-    assert evaluation_batches(IndexedDataset(tmp_path / "d"), 4, 2, EOD, max_tokens=9).num_bytes == 80
+    assert evaluation_batches(IndexedDataset(tmp_path / "d"), 4, 2, EOD, max_tokens=9).num_bytes == 90
     (tmp_path / "d.meta.json").unlink()
     batches = evaluation_batches(IndexedDataset(tmp_path / "d"), 4, 2, EOD)
     assert batches.num_bytes is None

@@ -6,22 +6,19 @@ import threading
 import time
 from contextlib import contextmanager
 
-import uvicorn
-
 from megatron_adamba.inference.generate import Generation, GenerationRequest
 from megatron_adamba.inference.modes import Mode
 from megatron_adamba.inference.sampling import Sampling
-from megatron_adamba.inference.serving.app import make_app
 from megatron_adamba.inference.serving.limits import ServerLimits
+from megatron_adamba.inference.serving.server import make_server
 
 LIMITS = ServerLimits(body_bytes=20_000, new_tokens=64, context=300, slots=4, queue=64, choices=4)
 
 
 @contextmanager
-def serving(loaded, limits: ServerLimits):
+def serving(loaded, limits: ServerLimits, **settings):
     """Address of a server in a thread of its own."""
-    config = uvicorn.Config(make_app(loaded, "tiny", limits), host="127.0.0.1", port=0, log_level="critical")
-    server = uvicorn.Server(config)
+    server = make_server(loaded, "tiny", limits, log_level="critical", **settings)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

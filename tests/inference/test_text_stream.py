@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_adamba.data.tokenizer import ByteTokenizer
-from megatron_adamba.inference.text_stream import TextStream
+from megatron_adamba.inference.text_stream import Stripped, TextStream, clean_text, finished_text
 
 BYTES = ByteTokenizer()
 
@@ -66,3 +66,52 @@ def test_pieces_are_the_text(text, context, stop):
 def test_long_texts(length):
     text = ("häuser " * length)[:length]
     assert "".join(streamed(text.encode(), ["never"])) == text
+
+
+@given(st.lists(st.text(" \n\tab", max_size=3), max_size=12))
+def test_pieces_without_white_space_around_them(pieces):
+    stripped = Stripped()
+    assert "".join(map(stripped.push, pieces)) == "".join(pieces).strip()
+
+
+@given(st.text(min_size=1, max_size=30), st.integers(0, 3), st.booleans())
+def test_a_context_may_end_inside_a_character(text, cut, echoed):
+    """Its beginning is in the context, its end among the new tokens: it is shown with them."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        return
+    place = max(len(raw) - cut, 0)
+    stream = TextStream(BYTES, [256, *raw[:place]], (), echoed)
+    new = "".join([*map(stream.push, raw[place:]), stream.finish()])
+    before = finished_text(BYTES, list(raw[:place]))
+    if "\ufffd" not in text:
+        assert before + new == text
+    assert text.endswith(new)
+
+
+def test_a_long_run_of_bytes_is_never_cut_inside_a_character():
+    """Where a decoder spells a whole run of bytes as unknown as soon as one of its characters is cut."""
+
+    class ByteFallback:
+        eod_id = 256
+
+        def decode(self, ids):
+            try:
+                return bytes(ids).decode()
+            except UnicodeDecodeError:
+                return "\ufffd" * len(ids)
+
+    text, shown = "日本語の文章" * 20, ""
+    stream = TextStream(ByteFallback(), [])
+    for token in text.encode():
+        shown += stream.push(token)
+    assert shown + stream.finish() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [("a\ud800b", "a\ufffdb"), ("\udcff", "\ufffd"), ("\ud83d\ude00", "😀"), ("\ufeffa", "\ufeffa"), ("é😀", "é😀")],
+)
+def test_halves_of_pairs(text, clean):
+    assert clean_text(text) == clean

@@ -7,6 +7,7 @@ import math
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,11 @@ from training.runs import write_corpus
 
 from megatron_adamba.config.root import read_model_config
 from megatron_adamba.data.blend import open_dataset
-from megatron_adamba.data.packed import evaluation_batches
+from megatron_adamba.data.packed import UNSCORED, evaluation_batches
 from megatron_adamba.data.tokenizer import ByteTokenizer
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan, uniform_plan
 from megatron_adamba.errors import ConfigError, TokenizerError
+from megatron_adamba.inference.adaptive_evaluation import document_items
 from megatron_adamba.surgery.compare import Comparison, comparable_plans, compare_models
 from megatron_adamba.surgery.extract import extract
 
@@ -153,3 +155,14 @@ def test_errors_are_one_line(surgery_tool, data, tmp_path):
     ):
         out, err = surgery_tool("compare", *words, code=code)
         assert err.count("\n") == 1 and message in err and not out, err
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 64, 65, 1000])
+def test_as_many_tokens_as_asked(data, tokens):
+    """Whatever the documents: one of them may be longer than all that is asked for."""
+    assert batches_of(data, tokens).num_tokens == tokens
+    labels = np.concatenate([batch["labels"].flatten() for batch in batches_of(data, tokens)])
+    assert np.count_nonzero(labels != UNSCORED) == tokens
+    indexed = open_dataset(str(data / "validation"), ByteTokenizer(), "--data")
+    items, num_bytes = document_items(indexed, ByteTokenizer(), 64, 1, tokens)
+    assert sum(len(item.answer) for item in items) == tokens >= num_bytes > 0

@@ -102,7 +102,8 @@ def test_loglikelihoods_are_those_of_the_model(checkpoint, monkeypatch):
     for (context, continuation), (score, greedy) in zip(pairs, scores):
         whole = [256, *(context + continuation).encode()]
         count = len((context[len(context.rstrip()) :] + continuation).encode())
-        whole = [256, *whole[1:][-12:]]
+        # one token more than the model reads: the last is only scored
+        whole = whole[-13:]
         logits = lm.loaded.model(torch.tensor([whole[:-1] or [256]]))[0].log_softmax(-1)
         places = range(len(whole) - count - 1, len(whole) - 1)
         want = sum(logits[place, whole[place + 1]].item() for place in places)
@@ -112,9 +113,11 @@ def test_loglikelihoods_are_those_of_the_model(checkpoint, monkeypatch):
     (rolled,) = lm.loglikelihood_rolling([ask("loglikelihood_rolling", text)])
     ids, total = [256, *text.encode()], 0.0
     for start in range(0, len(ids) - 1, 12):
-        piece = torch.tensor([ids[start : start + 13]])
-        logits = lm.loaded.model(piece[:, :-1])[0]
-        total -= torch.nn.functional.cross_entropy(logits, piece[0, 1:], reduction="sum").item()
+        stop = min(start + 13, len(ids))
+        # the last window reads as far back as the others
+        piece = torch.tensor([ids[max(stop - 13, 0) : stop]])
+        losses = torch.nn.functional.cross_entropy(lm.loaded.model(piece[:, :-1])[0], piece[0, 1:], reduction="none")
+        total -= losses[start + 1 - stop :].sum().item()
     assert rolled == pytest.approx(total, abs=1e-3) and not math.isnan(rolled)
 
 

@@ -150,12 +150,16 @@ def test_evaluate_scores_every_exit(tool, checkpoint, dataset, tmp_path):
     assert rows[-1]["flops_per_token"] == forward_flops(tiny_model().config, (32, 32), 128, 1)
 
 
-def test_evaluate_reads_no_more_documents_than_asked(tool, checkpoint, dataset, tmp_path):
+def test_evaluate_scores_as_many_tokens_as_asked(tool, checkpoint, dataset, tmp_path):
     words = ("--model", checkpoint, "--data", dataset, "--max-tokens", 30, "--batch-size", 2, "--seq-len", 9)
     code, _, err = tool("evaluate", *words, "--json", tmp_path / "t.json")
     assert (code, err) == (0, "")
     row = json.loads((tmp_path / "t.json").read_text())["rows"][0]
-    assert (row["tokens"], row["bytes"]) == (len(TEXTS[0]) + 1, len(TEXTS[0]))
+    # a byte a token but for the end of the first document, and the whole second's bytes in proportion
+    first = len(TEXTS[0].encode()) + 1
+    assert row["tokens"] == 30 > first
+    second = len(TEXTS[1].encode())
+    assert row["bytes"] == first - 1 + round(second * (30 - first) / (second + 1))
 
 
 GREEDY = ("--temperature", 0, "--dtype", "fp32", "--max-new-tokens", 6)

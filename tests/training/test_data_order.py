@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from training.runs import arguments, losses, train, write_corpus
 
-
 STEADY = {"optimizer__schedule": "constant"}
 """a rate that does not depend on the number of steps"""
 

@@ -28,7 +28,7 @@ from megatron_adamba.inference.load import load_model
 
 def evaluate_policies(args: argparse.Namespace) -> None:
     """Raises ConfigError, DataError, CheckpointError."""
-    loaded = load_model(args.model, args.dtype)
+    loaded = load_model(args.model, args.dtype, verify=not args.no_verify)
     prices = args.energy_price if args.energy_price is not None else [None]
     rules = {"expand_cost": args.expand_cost, "min_width": args.min_width}
     modes = adaptive_modes(args.exit_threshold, prices, rules, not args.full_width)

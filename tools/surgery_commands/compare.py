@@ -22,7 +22,7 @@ def add(commands) -> None:
     command.add_argument("second", metavar="B", type=Path, help="folder of another one with the same vocabulary")
     command.add_argument("--data", metavar="PREFIX", nargs="+", required=True, help="prefixes of tokenized datasets")
     add_plan_flags(command)
-    command.add_argument("--tokens", type=int, metavar="N", help="only the first documents up to so many tokens")
+    command.add_argument("--tokens", type=int, metavar="N", help="only the first so many tokens")
     command.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
     command.add_argument("--batch-size", type=int, default=1, help="windows of one forward pass")
     command.add_argument("--json", metavar="FILE", help="write the numbers as JSON too")

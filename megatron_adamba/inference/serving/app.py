@@ -7,12 +7,15 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from ipaddress import ip_address
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from megatron_adamba.config.script import without_flags
@@ -22,16 +25,18 @@ from megatron_adamba.inference.load import LoadedModel
 from megatron_adamba.inference.modes import Mode
 from megatron_adamba.inference.sampling import Sampling
 from megatron_adamba.inference.serving.choices import Choice, make_choices, run_choices
+from megatron_adamba.inference.serving.hosts import LOOPBACK, HostCheck
 from megatron_adamba.inference.serving.limits import BodyLimit, ServerLimits, error_body
 from megatron_adamba.inference.serving.schema import ChatRequest, CompletionRequest, Message
 from megatron_adamba.inference.serving.worker import QueueFull, Worker
+from megatron_adamba.inference.text_stream import Stripped, finished_text
 
 _ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
 
-def make_app(loaded: LoadedModel, name: str, limits: ServerLimits) -> FastAPI:
-    """name: what the model is called in answers."""
-    worker = Worker(Generation(loaded, limits.slots, limits.context), limits.queue)
+def make_app(loaded: LoadedModel, name: str, limits: ServerLimits, hosts: AbstractSet[str] = LOOPBACK) -> FastAPI:
+    """name: what the model is called in answers; hosts: names that it answers to (`allowed_hosts`)."""
+    worker = Worker(Generation(loaded, limits.slots, limits.context), limits.queue, limits.share)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -41,11 +46,13 @@ def make_app(loaded: LoadedModel, name: str, limits: ServerLimits) -> FastAPI:
 
     app = FastAPI(title="megatron_adamba", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, body_bytes=limits.body_bytes)
+    app.add_middleware(HostCheck, allowed=frozenset(hosts))
     _add_errors(app)
     server = _Server(loaded, name, limits, worker)
     app.get("/", response_class=HTMLResponse)(server.page)
     app.get("/health")(server.health)
     app.get("/v1/models")(server.models)
+    app.get("/v1/models/{model:path}")(server.model)
     app.post("/v1/completions")(server.completions)
     app.post("/v1/chat/completions")(server.chat)
     return app
@@ -55,6 +62,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", "")
+            message = f"the body is not JSON: {reason} at character {first['loc'][-1]}"
+            return JSONResponse(error_body(message, "invalid_request_error"), 400)
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         message = f"{place}: {first['msg']}" if place else first["msg"]
         return JSONResponse(error_body(message, "invalid_request_error", place or None), 400)
@@ -95,13 +106,22 @@ class _Server:
         return {"status": "ok", "waiting": self.worker.waiting}
 
     async def models(self) -> dict:
-        return {"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "local", "created": 0}]}
+        return {"object": "list", "data": [self._model()]}
+
+    async def model(self, model: str):
+        if model != self.name:
+            message = f"the model {model} does not exist; this server has {self.name}"
+            return JSONResponse(error_body(message, "invalid_request_error", "model", "model_not_found"), 404)
+        return self._model()
+
+    def _model(self) -> dict:
+        return {"id": self.name, "object": "model", "owned_by": "local", "created": 0}
 
     async def completions(self, request: Request, body: CompletionRequest):
-        prompts = self._prompts(body)
+        prompts = await run_in_threadpool(self._prompts, body)
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion"}
-        choices = self._choices(body, prompts, body.max_tokens or self.limits.new_tokens, body.stops)
-        echoes = [self.loaded.tokenizer.decode(choice.request.prompt) if body.echo else "" for choice in choices]
+        choices = self._choices(body, prompts, body.max_tokens, body.stops)
+        echoes = [finished_text(self.loaded.tokenizer, c.request.prompt) if body.echo else "" for c in choices]
         if body.stream:
             pieces = lambda choice, text: {"text": text, "logprobs": None}
             return await self._stream(request, body, choices, head, pieces, echoes)
@@ -113,15 +133,19 @@ class _Server:
         return self._answer(head, answers, choices)
 
     async def chat(self, request: Request, body: ChatRequest):
-        prompt = self._encode(_transcript(body.messages))
+        prompt = await run_in_threadpool(self._encode, _transcript(body.messages))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
-        most = body.max_completion_tokens or body.max_tokens or self.limits.new_tokens
-        if body.max_completion_tokens is None and body.max_tokens is None:
-            most = max(1, min(most, self.limits.context - len(prompt)))
+        most = body.max_completion_tokens or body.max_tokens
         choices = self._choices(body, [prompt], most, (*body.stops, "\nUser:"))
         if body.stream:
             head["object"] = "chat.completion.chunk"
-            pieces = lambda choice, text: {"delta": {"role": "assistant", "content": text}}
+            stripped = [Stripped() for _ in choices]
+
+            def pieces(choice: Choice, text: str) -> dict:
+                # clients put the pieces of each field together
+                role = {"role": "assistant"} if len(choice.compute) == 1 else {}
+                return {"delta": {**role, "content": stripped[choice.index].push(text)}}
+
             return await self._stream(request, body, choices, head, pieces, [""] * len(choices))
         await self._run(request, choices)
         answers = [
@@ -142,6 +166,8 @@ class _Server:
         given = body.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
+        if len(given) * body.n > self.limits.choices:
+            raise ConfigError(f"n: {len(given) * body.n} texts at once; at most {self.limits.choices}")
         prompts = [self._encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]
         vocab = min(self.loaded.model.config.vocab_size, self.loaded.tokenizer.vocab_size)
         for prompt in prompts:
@@ -151,9 +177,10 @@ class _Server:
             raise ConfigError("prompt: is empty; give at least one")
         return prompts
 
-    def _choices(self, body, prompts: Sequence[list[int]], most: int, stops: tuple[str, ...]) -> list[Choice]:
+    def _choices(self, body, prompts: Sequence[list[int]], most: int | None, stops: tuple[str, ...]) -> list[Choice]:
+        """most: None: what is left of the context, as far as the server lets anybody."""
         limits = self.limits
-        if most > limits.new_tokens:
+        if most is not None and most > limits.new_tokens:
             raise ConfigError(f"max_tokens {most}: this server makes at most {limits.new_tokens}")
         if len(prompts) * body.n > limits.choices:
             raise ConfigError(f"n: {len(prompts) * body.n} texts at once; at most {limits.choices}")
@@ -167,22 +194,27 @@ class _Server:
             if not prompt:
                 raise ConfigError("prompt: is empty; give at least one token")
             policy = mode.policy(self.loaded, prompt)
-            request = GenerationRequest(tuple(prompt), policy, most, sampling, stops)
+            left = max(1, min(limits.new_tokens, limits.context - len(prompt)))
+            new = left if most is None else most
+            request = GenerationRequest(
+                tuple(prompt), policy, new, sampling, stops, echoed=getattr(body, "echo", False)
+            )
             request.check(limits.context)
             requests.append(request)
         return make_choices(self.loaded, requests, body.n, mode.asks_estimator(self.loaded))
 
     async def _run(self, request: Request, choices: Sequence[Choice]) -> None:
-        async for choice, event in run_choices(self.worker, choices, request.is_disconnected):
+        async for choice, event in run_choices(self.worker, choices, request.is_disconnected, _client(request)):
             choice.take(event)
 
     def _answer(self, head: dict, answers: list[dict], choices: Sequence[Choice]) -> dict:
-        return {**head, "created": int(time.time()), "model": self.name, "choices": answers, "usage": _usage(choices)}
+        told = {"created": int(time.time()), "model": self.name}
+        return {**head, **told, "choices": answers, "usage": _usage(choices)}
 
     async def _stream(self, request: Request, body, choices, head: dict, pieces, echoes) -> StreamingResponse:
         """Server-sent events (html.spec.whatwg.org, section 9.2), each a JSON object, [DONE] last."""
         head |= {"created": int(time.time()), "model": self.name}
-        told = run_choices(self.worker, choices, request.is_disconnected)
+        told = run_choices(self.worker, choices, request.is_disconnected, _client(request))
         # the first token before the first byte: what is refused has a status of its own
         first = await anext(told, None)
 
@@ -222,8 +254,21 @@ def _took(choice: Choice) -> dict:
     }
 
 
+def _client(request: Request) -> str:
+    """Whose turn a request takes: an address. Of this machine's own users, who all have the same one, a connection."""
+    if request.client is None:
+        return ""
+    host, port = request.client
+    try:
+        own = ip_address(host).is_loopback
+    except ValueError:
+        own = False
+    return f"{host}:{port}" if own else host
+
+
 def _usage(choices: Sequence[Choice]) -> dict:
-    read = sum(len(choice.request.prompt) for choice in choices)
+    """A prompt counts once, however many texts are made of it."""
+    read = sum(len(choice.request.prompt) for choice in choices if choice.first)
     made = sum(len(choice.compute) for choice in choices)
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 

@@ -23,6 +23,8 @@ class Choice:
     index: int
     request: GenerationRequest
     meter: ComputeMeter
+    first: bool = True
+    """of its prompt"""
     text: str = ""
     finish: str | None = None
     exit_layers: list[int] = field(default_factory=list)
@@ -61,22 +63,24 @@ def make_choices(loaded: LoadedModel, requests: Sequence[GenerationRequest], n: 
         meter = ComputeMeter(loaded.model.config, request.policy, length, predicted)
         for number in range(n):
             own = replace(request, sampling=replace(request.sampling, seed=request.sampling.seed + number))
-            choices.append(Choice(len(choices), own, meter))
+            choices.append(Choice(len(choices), own, meter, number == 0))
     return choices
 
 
-async def run_choices(worker: Worker, choices: Sequence[Choice], is_gone) -> AsyncIterator[tuple[Choice, Event]]:
+async def run_choices(
+    worker: Worker, choices: Sequence[Choice], is_gone, client: str = ""
+) -> AsyncIterator[tuple[Choice, Event]]:
     """Tokens of all as they are made. Whoever stops listening, or raises, takes them all back.
 
-    is_gone: coroutine function that tells whether the client has left. Raises QueueFull, and what went wrong in a
-    sequence.
+    client: whose turns they take; is_gone: coroutine function that tells whether the client has left. Raises QueueFull,
+    and what went wrong in a sequence.
     """
     loop, events = asyncio.get_running_loop(), asyncio.Queue()
     tickets: list[Ticket] = []
     try:
         for choice in choices:
             heard = lambda event, choice=choice: loop.call_soon_threadsafe(events.put_nowait, (choice, event))
-            tickets.append(worker.submit(choice.request, heard))
+            tickets.append(worker.submit(choice.request, heard, client))
         left, looked = len(choices), time.monotonic()
         while left:
             if time.monotonic() - looked > _LOOK_AFTER_CLIENT:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 
-from megatron_adamba.config.rules import positive
+from megatron_adamba.config.rules import in_range
+from megatron_adamba.inference.text_stream import clean_text
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,24 @@ class ServerLimits:
     """that wait for a slot"""
     choices: int = 32
     """sequences of one request: prompts times n"""
+    connections: int = 512
+    """that are open at once"""
+    request_seconds: float = 30.0
+    """that a request may take to arrive, and an answer to be read on"""
+    shutdown_seconds: float = 5.0
+    """that answers have to end when the server stops"""
+
+    @property
+    def share(self) -> int:
+        """Sequences of one client that may wait."""
+        return min(max(self.queue // 2, self.choices), self.queue)
 
     def check(self) -> None:
         """Raises ConfigError."""
-        for name in ("body_bytes", "new_tokens", "context", "slots", "queue", "choices"):
-            positive(f"--{name.replace('_', '-')}", getattr(self, name))
+        for name in ("body_bytes", "new_tokens", "context", "slots", "queue", "choices", "connections"):
+            in_range(f"--{name.replace('_', '-')}", getattr(self, name), 1, 2**40)
+        in_range("--request-seconds", self.request_seconds, 0.001, 86400)
+        in_range("--shutdown-seconds", self.shutdown_seconds, 0.001, 86400)
 
 
 class BodyLimit:
@@ -69,6 +83,7 @@ class BodyLimit:
         await send({"type": "http.response.body", "body": body.encode()})
 
 
-def error_body(message: str, kind: str, param: str | None = None) -> dict:
-    """As OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict:
+    """As OpenAI's clients read it; what it quotes of a request may hold halves of pairs."""
+    param = None if param is None else clean_text(param)
+    return {"error": {"message": clean_text(message), "type": kind, "param": param, "code": code}}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_adamba.errors import AdambaError
 from megatron_adamba.inference.generate import Generation, GenerationRequest, NewToken, Sequence
+from megatron_adamba.inference.serving.fair_queue import FairQueue, Shares
 
 Listener = Callable[["Event"], None]
 """called in the worker's thread; must not wait"""
@@ -31,6 +31,7 @@ class Ticket:
 
     request: GenerationRequest
     listener: Listener
+    client: str
     number: int | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -40,12 +41,13 @@ class QueueFull(AdambaError):
 
 
 class Worker:
-    """Runs a `Generation` in a thread of its own."""
+    """Runs a `Generation` in a thread of its own; clients take turns at its slots."""
 
-    def __init__(self, generation: Generation, queue_size: int) -> None:
-        """queue_size: requests that may wait for a slot."""
-        self.generation, self.queue_size = generation, queue_size
-        self._queue: deque[Ticket] = deque()
+    def __init__(self, generation: Generation, queue_size: int, share: int | None = None) -> None:
+        """queue_size: requests that may wait for a slot; share: of one client; None: all."""
+        self.generation, self.queue_size, self.share = generation, queue_size, share or queue_size
+        self._queue: FairQueue[Ticket] = FairQueue()
+        self._slots = Shares(len(generation.free))
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -65,15 +67,17 @@ class Worker:
         self._wake.set()
         self._thread.join()
 
-    def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
-        """Raises ConfigError for what can never run, QueueFull."""
+    def submit(self, request: GenerationRequest, listener: Listener, client: str = "") -> Ticket:
+        """client: whose turn it takes. Raises ConfigError for what can never run, QueueFull."""
         request.check(self.generation.capacity)
-        ticket = Ticket(request, listener)
+        ticket = Ticket(request, listener, client)
         with self._lock:
-            self._queue = deque(waiting for waiting in self._queue if not waiting.cancelled.is_set())
+            self._queue.keep(lambda waiting: not waiting.cancelled.is_set())
             if len(self._queue) >= self.queue_size:
                 raise QueueFull(f"{self.queue_size} requests wait already; try again later")
-            self._queue.append(ticket)
+            if self._queue.waiting(client) >= self.share:
+                raise QueueFull(f"{self.share} requests of this client wait already; try again later")
+            self._queue.put(client, ticket)
         self._wake.set()
         return ticket
 
@@ -97,14 +101,15 @@ class Worker:
         for number, ticket in list(self._tickets.items()):
             if ticket.cancelled.is_set():
                 self.generation.cancel(number)
-                del self._tickets[number]
+                self._slots.give_back(self._tickets.pop(number).client)
 
     def _admit(self) -> None:
         while self.generation.free:
             with self._lock:
-                if not self._queue:
-                    return
-                ticket = self._queue.popleft()
+                found = self._queue.pop(self._slots.may_take)
+            if found is None:
+                return
+            _, ticket = found
             if ticket.cancelled.is_set():
                 continue
             try:
@@ -114,6 +119,7 @@ class Worker:
                 continue
             if new.finish is None:
                 self._tickets[new.number] = ticket
+                self._slots.take(ticket.client)
             self._tell(ticket, Event(new, sequence))
 
     def _step(self) -> None:
@@ -124,14 +130,19 @@ class Worker:
             self._end_all(error)
             return
         for new in news:
-            ticket = self._tickets[new.number] if new.finish is None else self._tickets.pop(new.number)
+            ticket = self._tickets[new.number]
+            if new.finish is not None:
+                del self._tickets[new.number]
+                self._slots.give_back(ticket.client)
             self._tell(ticket, Event(new))
 
     def _end_all(self, error: Exception) -> None:
         for number in list(self.generation.running):
             self.generation.cancel(number)
         with self._lock:
-            waiting, self._queue = (list(self._queue), deque()) if self._stop.is_set() else ([], self._queue)
+            waiting = self._queue.clear() if self._stop.is_set() else []
+        for ticket in self._tickets.values():
+            self._slots.give_back(ticket.client)
         for ticket in (*self._tickets.values(), *waiting):
             self._failed(ticket, error)
         self._tickets.clear()
