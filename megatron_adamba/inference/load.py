@@ -24,6 +24,7 @@ from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.layers.gates import Gates
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.ops.host_memory import keep_freed_pages
+from megatron_adamba.ops.precision import fast_bf16
 from megatron_adamba.schema import Size, check_value
 
 
@@ -55,25 +56,32 @@ class LoadedModel:
         return frozenset([self.tokenizer.eod_id] if listed is None else listed)
 
     @property
+    def dtype(self) -> str:
+        """bf16 | fp32"""
+        return "bf16" if next(self.model.parameters()).dtype == torch.bfloat16 else "fp32"
+
+    @property
     def reading(self) -> GateReading:
         """What the gates' outputs mean."""
         return GateReading.of(self.gate_config)
 
 
 def load_model(
-    folder: str | Path, dtype: str = "bf16", device: torch.device | None = None, verify: bool = True
+    folder: str | Path, dtype: str | None = None, device: torch.device | None = None, verify: bool = True
 ) -> LoadedModel:
     """Read config.json, the weights and the tokenizer. Raises CheckpointError, TokenizerError, ConfigError.
 
-    dtype: bf16 | fp32; verify: hold tensors against their checksums, where the folder has them.
+    dtype: bf16 | fp32; None takes bf16 where the device computes in it; verify: hold tensors against their checksums, where the folder has them.
     """
-    one_of("dtype", dtype, ("bf16", "fp32"))
+    if dtype is not None:
+        one_of("dtype", dtype, ("bf16", "fp32"))
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a run leaves one at RUN/model")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_pages()
+    dtype = dtype or ("bf16" if fast_bf16(device) else "fp32")
     # shapes first: what a damaged config asks for may not fit into any memory
     config, _ = check_weights(open_checkpoint(folder))
     tokenizer = _tokenizer(folder, config)
