@@ -71,7 +71,8 @@ def load_model(
 ) -> LoadedModel:
     """Read config.json, the weights and the tokenizer. Raises CheckpointError, TokenizerError, ConfigError.
 
-    dtype: bf16 | fp32; None takes bf16 where the device computes in it; verify: hold tensors against their checksums, where the folder has them.
+    dtype: bf16 | fp32; None takes bf16 where the device computes in it; verify: hold tensors against their checksums,
+    where the folder has them.
     """
     if dtype is not None:
         one_of("dtype", dtype, ("bf16", "fp32"))
