@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_adamba.engine.launch import JobBoard, RankInfo
+from megatron_adamba.engine.job import JobBoard, RankInfo
 from megatron_adamba.errors import AdambaError, LostRankError
 from megatron_adamba.files import write_atomically
 from megatron_adamba.schema import Count, parse_json, read_json

@@ -45,11 +45,11 @@ class RunFolder:
         os._exit(error.exit_code)
 
     def _prepare(self) -> None:
-        if self.rank:
-            return
-        self._lock.acquire()
+        if self.rank == 0:
+            self._lock.acquire()
+            FailureNote(self.path).clear()
+        # on a machine of its own, where the folder may be another one
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
-        FailureNote(self.path).clear()
 
 
 class _QuietHandler(logging.FileHandler):

@@ -21,7 +21,7 @@ from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
 from megatron_adamba.data.packed import UNSCORED
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
-from megatron_adamba.engine.launch import JobBoard
+from megatron_adamba.engine.job import JobBoard
 from megatron_adamba.engine.session import MicroStep, StepReport
 from megatron_adamba.errors import AdambaError, NonFiniteError, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
