@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_adamba.config.rules import positive
-from megatron_adamba.config.script import run_script
+from megatron_adamba.config.script import as_settings, run_script
 from megatron_adamba.errors import ConfigError, TokenizerError
 from megatron_adamba.files import write_atomically
 
@@ -118,6 +118,11 @@ def convert(args: argparse.Namespace) -> int:
         f"train on with pretrain_adamba.py --resume {args.target}"
     )
     return 0
+
+
+def reworded(text: str) -> str:
+    """What a run is told to resume from is here simply named."""
+    return as_settings(text).replace("give --resume ", "give ")
 
 
 def check_target(target: Path, name: str, force: bool) -> None:
@@ -315,4 +320,4 @@ def diff(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, reworded)

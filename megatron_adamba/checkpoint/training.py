@@ -153,8 +153,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     Raises CheckpointError where `latest` is damaged, and where there are checkpoints and none is complete.
     """
     pointer, complete = root / LATEST, complete_folders(root)
-    whole = complete[-1] if complete else "a folder beside it"
-    way_out = f"name {whole} itself, or delete it: the newest complete one counts"
+    way_out = f"give --resume {complete[-1] if complete else 'FOLDER'}, or delete it: the newest complete one counts"
     name = None
     if pointer.exists() or pointer.is_symlink():
         try:
@@ -172,7 +171,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     if unfinished := step_folders(root):
         raise CheckpointError(f"{unfinished[-1] / FILES_FILE}: is missing, and no checkpoint beside it is complete")
     if name is not None:
-        raise CheckpointError(f"{pointer}: names {name!r}, which is not there; name a checkpoint's folder itself")
+        raise CheckpointError(f"{pointer}: names {name!r}, which is not there; give --resume a checkpoint folder")
     return None
 
 

@@ -176,3 +176,12 @@ def test_flags_of_a_run_are_settings_elsewhere(tmp_path: Path, capsys: pytest.Ca
         "x: model.head_dim 7: try model.head_dim 8 (pretrain_adamba.py --train.phase 2), depth 3 or --top-k 2"
     )
     assert without_flags("--top-k -1: must be 0, as --top-k=0; a--b") == "top_k -1: must be 0, as top_k=0; a--b"
+
+
+def test_the_checkpoint_tool_advises_no_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "latest").mkdir()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["checkpoint.py", "verify", str(tmp_path)])
+        runpy.run_path(str(ROOT / "tools" / "checkpoint.py"), run_name="__main__")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "latest" in said and "--resume" not in said
