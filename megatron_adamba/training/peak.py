@@ -8,19 +8,9 @@ import time
 import torch
 
 
-_SLOW = 10e9
-"""FLOP/s under which a processor has no instructions for a type, and larger products would take many seconds"""
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 5) -> float:
     """FLOP/s of a square matmul on this rank, the median of a few; takes a fraction of a second."""
-    if device.type != "cpu":
-        return _rate(dtype, device, 8192, 5)
-    small = _rate(dtype, device, 128, 3)
-    return small if small < _SLOW else _rate(dtype, device, 1024, 5)
-
-
-def _rate(dtype: torch.dtype, device: torch.device, size: int, repeats: int) -> float:
+    size = size if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     times = []
