@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_adamba.errors import CheckpointError
+from megatron_adamba.schema import JsonObject, check_value, read_json
 
 HISTORY_FILE = "surgery.json"
+Operations = list[JsonObject]
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -16,13 +17,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     path = folder / HISTORY_FILE
     if not path.exists():
         return []
-    try:
-        history = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); restore the file or delete it") from None
-    if not _is_history(history):
-        raise CheckpointError(f"{path}: damaged (not a list of operations); restore the file or delete it")
-    return history
+    return read_json(path, Operations, CheckpointError, "must be a list of operations; restore the file or delete it")
 
 
 def trained_history(checkpoint: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -30,19 +25,16 @@ def trained_history(checkpoint: Path, state: dict[str, Any]) -> list[dict[str, A
 
     Empty for a run that began with random weights. Raises CheckpointError.
     """
-    history = state.get("history", [])
-    if not _is_history(history):
-        raise CheckpointError(f"{checkpoint}: its history is no list of operations; use an earlier checkpoint")
-    counters, train = state.get("counters", {}), state.get("config", {}).get("train", {})
+    advice = "use an earlier checkpoint"
+    told = lambda value, kind, name: check_value(value, kind, f"{checkpoint}: {name}", CheckpointError, advice)
+    history = told(state.get("history", []), Operations, "history")
+    counters = told(state.get("counters", {}), JsonObject, "counters")
+    train = told(told(state.get("config", {}), JsonObject, "config").get("train", {}), JsonObject, "config.train")
     if not history or not counters.get("step"):
         return history
     arguments = {"phase": train.get("phase"), "steps": counters["step"], "samples": counters.get("consumed_samples")}
     entry = {"operation": "train", "arguments": arguments, "source": {"path": str(checkpoint), "layout": "training"}}
     return [*history, entry]
-
-
-def _is_history(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def extended_history(source: Path, operation: str, arguments: dict[str, Any], layout: str) -> list[dict[str, Any]]:

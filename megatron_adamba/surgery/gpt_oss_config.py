@@ -41,7 +41,7 @@ def read_gpt_oss_config(path: Path, values: dict[str, Any]) -> tuple[str, ModelC
 
 
 def _from_openai(s: Settings) -> ModelConfig:
-    layers, window = s.whole("num_hidden_layers"), s.whole("sliding_window")
+    layers, window = s.layers("num_hidden_layers"), s.whole("sliding_window")
     rope = {
         "rope_theta": s.number("rope_theta"),
         "rope_factor": s.number("rope_scaling_factor"),
@@ -74,9 +74,10 @@ def _from_hugging_face(s: Settings) -> ModelConfig:
     s.must_be("hidden_act", "silu", "silu", "the experts' activation is a clamped SwiGLU")
     s.must_be("attention_dropout", 0, 0, "our attention has none")
     s.must_be("is_encoder_decoder", False, False, "our models are decoders")
-    quantization = Settings(s.take("quantization_config", {}), f"{s.where}: quantization_config")
+    quantization = s.section("quantization_config", {})
     quantization.must_be("quant_method", "mxfp4", "mxfp4", "other kinds are not read")
-    layers, heads, chosen = s.whole("num_hidden_layers"), s.whole("num_attention_heads"), s.whole("num_experts_per_tok")
+    layers, heads = s.layers("num_hidden_layers"), s.whole("num_attention_heads")
+    chosen = s.whole("num_experts_per_tok")
     experts = s.whole("num_experts" if "num_local_experts" not in s.values else "num_local_experts")
     s.must_agree("num_experts", experts, "num_local_experts")
     s.must_agree("experts_per_token", chosen, "num_experts_per_tok")
@@ -123,11 +124,11 @@ def _gate_limit(s: Settings, *default: float) -> float:
 
 def _windows(s: Settings, layers: int) -> tuple[str, int | None]:
     """Pattern of S and L over the layers, and the window's size."""
-    kinds = s.take("layer_types", [list(LETTERS)[index % 2] for index in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers:
+    kinds = s.words("layer_types", [list(LETTERS)[index % 2] for index in range(layers)])
+    if len(kinds) != layers:
         raise s.refusal("layer_types", f"must list {layers} layers")
     if strange := [kind for kind in kinds if kind not in LETTERS]:
-        raise s.refusal("layer_types", f"{strange[0]!r} is not one of {', '.join(LETTERS)}")
+        raise s.refusal("layer_types", f"{strange[0][:40]!r} is not one of {', '.join(LETTERS)}")
     pattern = _shortest("".join(LETTERS[kind] for kind in kinds), layers)
     window = s.whole("sliding_window", 128 if "sliding_window" not in s.values else None)
     if "S" in pattern and not window:
@@ -138,18 +139,15 @@ def _windows(s: Settings, layers: int) -> tuple[str, int | None]:
 def _shortest(letters: str, layers: int) -> str:
     """The shortest pattern that, repeated, gives the letters of all layers."""
     letters = letters[:layers]
-    return next(letters[:n] for n in range(1, layers + 1) if (letters[:n] * layers)[:layers] == letters)
+    repeated = lambda n: (letters[:n] * (layers // n + 1))[:layers]
+    return next((letters[:n] for n in range(1, layers + 1) if repeated(n) == letters), "L")
 
 
 def _rope(s: Settings) -> dict[str, Any]:
     given, legacy = s.take("rope_parameters", None), s.take("rope_scaling", None)
     if given is not None and legacy is not None and given != legacy:
         raise s.refusal("rope_scaling", "is not what rope_parameters says; take one of them out")
-    key = "rope_scaling" if given is None else "rope_parameters"
-    values = given or legacy or _ROPE_DEFAULT
-    if not isinstance(values, dict):
-        raise s.refusal(key, "must be an object")
-    rope = Settings(values, f"{s.where}: {key}")
+    rope = s.section("rope_scaling" if given is None else "rope_parameters", _ROPE_DEFAULT)
     theta = rope.number("rope_theta", s.number("rope_theta", 150000.0))
     kind = rope.take("rope_type", rope.take("type", "default"))
     rope.must_be("partial_rotary_factor", 1, 1, "all channels of a head rotate")

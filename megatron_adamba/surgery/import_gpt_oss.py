@@ -26,7 +26,7 @@ from megatron_adamba.surgery.importing import (
     with_nest,
 )
 from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES, dequantize
-from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_json
+from megatron_adamba.surgery.sources import DTYPE_NAMES, TensorFolder, read_settings
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 PROMISE = "the logits at full width are the source's; gains are new and one"
@@ -43,7 +43,7 @@ def import_gpt_oss(
     """
     config_path = source / "config.json"
     tensors = TensorFolder(source)
-    told = read_json(config_path)
+    told = read_settings(config_path)
     layout_name, config = read_gpt_oss_config(config_path, told)
     config = with_nest(config, config_path, widths)
     plan = _Importer(tensors, LAYOUTS[layout_name], config).plan()

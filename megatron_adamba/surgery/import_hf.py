@@ -10,7 +10,7 @@ from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.import_gpt_oss import import_gpt_oss
 from megatron_adamba.surgery.import_nanochat import import_hugging_face_nanochat
 from megatron_adamba.surgery.importing import TokenizerChoice
-from megatron_adamba.surgery.sources import read_json
+from megatron_adamba.surgery.sources import read_settings
 from megatron_adamba.surgery.writing import Job
 
 IMPORTS = {"NanoChatForCausalLM": import_hugging_face_nanochat, "GptOssForCausalLM": import_gpt_oss}
@@ -25,7 +25,7 @@ def import_hugging_face(
     Raises CheckpointError naming an architecture that is not read; ConfigError (widths), TokenizerError.
     """
     path = source / "config.json"
-    return IMPORTS[_architecture(path, read_json(path))](source, widths, tokenizer)
+    return IMPORTS[_architecture(path, read_settings(path))](source, widths, tokenizer)
 
 
 def _architecture(path: Path, values: dict[str, Any]) -> str:
@@ -37,8 +37,9 @@ def _architecture(path: Path, values: dict[str, Any]) -> str:
     known = ", ".join(IMPORTS)
     if named is None:
         if kind not in list(MODEL_TYPES):
-            raise CheckpointError(f"{path}: model_type {kind!r} is not read; one of {', '.join(MODEL_TYPES)} is")
+            known = ", ".join(MODEL_TYPES)
+            raise CheckpointError(f"{path}: model_type {repr(kind)[:120]} is not read; one of {known} is")
         return MODEL_TYPES[kind]
     if named not in [[name] for name in IMPORTS]:
-        raise CheckpointError(f"{path}: architectures {named!r} is not read; one of {known} is")
+        raise CheckpointError(f"{path}: architectures {repr(named)[:120]} is not read; one of {known} is")
     return named[0]

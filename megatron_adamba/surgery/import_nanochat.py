@@ -29,7 +29,7 @@ from megatron_adamba.surgery.importing import (
 from megatron_adamba.surgery.nanochat import OWN, TRANSFORMERS, Layout
 from megatron_adamba.surgery.nanochat_config import CodeSettings, read_metadata, read_transformers_config
 from megatron_adamba.surgery.nanochat_extras import idle_extras
-from megatron_adamba.surgery.sources import TensorFolder, read_json
+from megatron_adamba.surgery.sources import TensorFolder, read_settings
 from megatron_adamba.surgery.torch_file import TorchFile
 from megatron_adamba.surgery.writing import Job, PlannedTensor
 
@@ -49,7 +49,7 @@ def import_nanochat(
     Raises CheckpointError, ConfigError (flags), TokenizerError.
     """
     path, metadata = find_step(source, step)
-    values = read_json(metadata)
+    values = read_settings(metadata)
     file = TorchFile(path)
     idle = idle_extras(file)
     config = read_metadata(metadata, values, code or CodeSettings(), min(idle, default=None))
@@ -73,7 +73,7 @@ def import_hugging_face_nanochat(
     """Check a folder of transformers' NanoChatForCausalLM and plan its canonical checkpoint. Raises as above."""
     config_path = source / "config.json"
     folder = TensorFolder(source)
-    values = read_json(config_path)
+    values = read_settings(config_path)
     config = with_nest(read_transformers_config(config_path, values), config_path, widths)
     found = import_tokenizer([source], as_choice(tokenizer), config.vocab_size, NANOCHAT)
     config = replace(config, end_tokens=published_end_tokens(source, values, config.vocab_size, found.id_of))

@@ -39,13 +39,13 @@ def read_metadata(path: Path, values: dict[str, Any], given: CodeSettings, newer
     not have, nothing that the files leave out is guessed.
     Raises CheckpointError naming a setting of the file, ConfigError naming a flag.
     """
-    if not isinstance(values.get("model_config"), dict):
+    if values.get("model_config") is None:
         raise CheckpointError(f"{path}: has no model_config; give the folder of a nanochat checkpoint")
-    s = Settings(values["model_config"], f"{path}: model_config")
+    s = Settings(values, str(path)).section("model_config")
     if s.take("window_pattern", None) is not None:
         newer = newer or "window_pattern"
     code = _complete(given, newer, path)
-    layers, heads, hidden = s.whole("n_layer"), s.whole("n_head"), s.whole("n_embd")
+    layers, heads, hidden = s.layers("n_layer"), s.whole("n_head"), s.whole("n_embd")
     if heads and hidden % heads:
         raise s.refusal("n_embd", f"must be a multiple of n_head {heads}")
     pattern, window = _windows(s, layers, code.window)
@@ -94,9 +94,10 @@ def _complete(given: CodeSettings, newer: str | None, path: Path) -> CodeSetting
 
 def _windows(s: Settings, layers: int, window: int | None) -> tuple[str, int | None]:
     """Pattern over the layers, of which the last sees everything whatever its letter, and our window's size."""
-    letters = s.take("window_pattern", "L")
-    if not isinstance(letters, str) or not letters or set(letters.upper()) - {"S", "L"}:
-        raise s.refusal("window_pattern", "must be letters S and L")
+    rule = "must be letters S and L"
+    letters = s.text("window_pattern", "L", rule)
+    if not letters or set(letters.upper()) - {"S", "L"}:
+        raise s.refusal("window_pattern", rule)
     pattern = (letters.upper() * layers)[: max(layers - 1, 0)] + "L"
     if "S" not in pattern:
         if window is not None:
@@ -141,7 +142,7 @@ def read_transformers_config(path: Path, values: dict[str, Any]) -> ModelConfig:
     s.must_be("quantization_config", None, None, "quantized weights are not read")
     heads, hidden = s.whole("num_attention_heads"), s.whole("hidden_size")
     config = _model(
-        s.whole("num_hidden_layers"),
+        s.layers("num_hidden_layers"),
         hidden_size=hidden,
         vocab_size=s.whole("vocab_size"),
         num_heads=heads,
@@ -170,10 +171,7 @@ def _softcap(s: Settings) -> float:
 
 def _rope_theta(s: Settings) -> float:
     s.must_be("rope_scaling", None, None, "its frequencies are never scaled here")
-    values = s.take("rope_parameters", {})
-    if not isinstance(values, dict):
-        raise s.refusal("rope_parameters", "must be an object")
-    rope = Settings(values, f"{s.where}: rope_parameters")
+    rope = s.section("rope_parameters", {})
     rope.must_be("rope_type", "default", "default", "behind its norm of queries and keys no scaled RoPE is ours")
     rope.must_be("partial_rotary_factor", 1, 1, "all channels of a head rotate")
     theta = rope.number("rope_theta", s.number("rope_theta", 10000.0))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from megatron_adamba.errors import CheckpointError
+from megatron_adamba.schema import JsonObject, check_value
 
+MOST, MOST_LAYERS = 2**31 - 1, 4096
+"""of any size, and of blocks: more is no model, and working out what its tensors would be takes for ever"""
+_SHOWN = 120
+"""characters of a value or key in a message"""
 _REQUIRED = object()
 _NOTES = ("_", "unsloth_", "transformers.js_")
 """beginnings of keys that converters write for themselves"""
@@ -26,7 +32,7 @@ _OF_ALL_MODELS = frozenset(
 class Settings:
     """A JSON object whose keys must all be known. Every complaint is a CheckpointError that names the key."""
 
-    def __init__(self, values: dict[str, Any], where: str) -> None:
+    def __init__(self, values: JsonObject, where: str) -> None:
         self.values, self.where = values, where
         self._read: set[str] = set()
 
@@ -40,31 +46,45 @@ class Settings:
             raise CheckpointError(f"{self.where}: has no {key}; restore the file")
         return default
 
-    def whole(self, key: str, default: Any = _REQUIRED) -> int:
-        return self._number(key, default, int)
+    def whole(self, key: str, default: Any = _REQUIRED, most: int = MOST) -> int:
+        """From 0 to `most`."""
+        return self._checked(key, default, Annotated[int, Field(ge=0, le=most)], f"must be a whole number, 0 to {most}")
+
+    def layers(self, key: str) -> int:
+        return self.whole(key, most=MOST_LAYERS)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        return float(self._number(key, default, (int, float)))
+        self._checked(key, default, float, "must be a number")
+        kind = Annotated[float, Field(ge=0, le=1e300, allow_inf_nan=False)]
+        return float(self._checked(key, default, kind, "must be 0 or more, and finite"))
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:
-        value = self.take(key, default)
-        if not isinstance(value, bool):
-            raise self.refusal(key, "must be true or false")
-        return value
+        return self._checked(key, default, bool, "must be true or false")
 
-    def _number(self, key: str, default: Any, kind: Any) -> Any:
+    def text(self, key: str, default: Any = _REQUIRED, rule: str = "must be text") -> str:
+        return self._checked(key, default, str, rule)
+
+    def words(self, key: str, default: Any = _REQUIRED) -> list[str]:
+        return self._checked(key, default, list[str], "must be a list of words")
+
+    def section(self, key: str, default: Any = _REQUIRED) -> Settings:
+        """An object inside, with settings of its own; must be finished too."""
+        return Settings(self._checked(key, default, JsonObject, "must be an object"), f"{self.where}: {key}")
+
+    def _checked(self, key: str, default: Any, kind: Any, rule: str) -> Any:
         value = self.take(key, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise self.refusal(key, "must be a whole number" if kind is int else "must be a number")
-        if not 0 <= value < math.inf:
-            raise self.refusal(key, "must be 0 or more, and finite")
-        return value
+        try:
+            return check_value(value, kind, self.where, CheckpointError, rule)
+        except CheckpointError:
+            raise self.refusal(key, rule) from None
 
     def must_be(self, key: str, allowed: Any, default: Any, why: str) -> None:
         """A setting that exists in one form only in our models."""
-        if self.take(key, default) != allowed:
+        value = self.take(key, default)
+        # true is no number here either
+        if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
             raise self.refusal(key, f"must be {allowed!r}: {why}")
 
     def must_agree(self, key: str, value: Any, other: str) -> None:
@@ -73,7 +93,9 @@ class Settings:
             raise self.refusal(key, f"is {value!r} under {other}; correct one of them")
 
     def refusal(self, key: str, rule: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} {self.values.get(key)!r}: {rule}")
+        shown = repr(self.values.get(key))
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        return CheckpointError(f"{self.where}: {key[:_SHOWN]} {shown}: {rule}")
 
     def finish(self, harmless: Iterable[str] = ()) -> None:
         """Refuse what nobody read and is not null: it may change what the model computes."""

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +18,7 @@ from torch import Tensor
 from megatron_adamba.checkpoint.canonical import read_tensor
 from megatron_adamba.checkpoint.shards import TensorInfo
 from megatron_adamba.errors import CheckpointError
+from megatron_adamba.schema import JsonObject, check_value, read_json
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 OWN_DTYPES = {**DTYPES, "F16": torch.float16}
@@ -26,6 +26,8 @@ OWN_DTYPES = {**DTYPES, "F16": torch.float16}
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "uint8"}
 _PIECE = 2**24
 """bytes that are read at once, or those of one row"""
+_SHOWN = 300
+"""characters of a name or a library's words in a message"""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -107,17 +109,9 @@ def _read_exactly(stream: io.RawIOBase, buffer: Tensor, start: int) -> None:
         view, start = view[count:], start + count
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> JsonObject:
     """A JSON object of a checkpoint. Raises CheckpointError."""
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give the folder of a checkpoint") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); restore the file") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: damaged (not a JSON object); restore the file")
-    return values
+    return read_json(path, JsonObject, CheckpointError, "give the folder of a checkpoint, or restore the file")
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -129,10 +123,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return None
     if len(found) > 1:
         raise CheckpointError(f"{found[1]}: a second index beside {found[0].name}; keep the one that counts")
-    places = read_json(found[0]).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise CheckpointError(f"{found[0]}: damaged (no weight_map); restore the file")
-    return places
+    places = read_settings(found[0]).get("weight_map")
+    return check_value(places, dict[str, str], f"{found[0]}: weight_map", CheckpointError, "restore the file")
 
 
 def _tensor_files(folder: Path, places: dict[str, str] | None) -> list[Path]:
@@ -143,8 +135,11 @@ def _tensor_files(folder: Path, places: dict[str, str] | None) -> list[Path]:
     for path in files:
         if path.suffix in _PICKLES:
             raise _pickle_error(path)
-        if path.parent != folder or not path.is_file():
-            raise CheckpointError(f"{path}: missing, though the index names it")
+        if path.parent != folder or not os.path.isfile(path):
+            if places is None:
+                raise CheckpointError(f"{path}: is no regular file; restore it")
+            shown = str(path) if len(str(path)) < _SHOWN else f"{str(path)[:_SHOWN]}..."
+            raise CheckpointError(f"{shown}: missing, though the index names it")
     if files:
         return files
     pickles = [path for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
@@ -160,7 +155,7 @@ def _pickle_error(path: Path) -> CheckpointError:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})")
+    return CheckpointError(f"{path}: damaged ({' '.join(str(error).split())[:_SHOWN]})")
 
 
 def _read_infos(path: Path, dtypes: dict[str, torch.dtype]) -> Iterator[tuple[str, TensorInfo, int]]:

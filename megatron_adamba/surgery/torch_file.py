@@ -31,7 +31,8 @@ class TorchFile:
         self._keys: dict[str, str] = {}
         for key, tensor in _load(path).items():
             if not isinstance(key, str):
-                raise CheckpointError(f"{path}: holds something under {key!r}; must be a dict of tensors by name")
+                shown = repr(key)[:80]
+                raise CheckpointError(f"{path}: holds something under {shown}; must be a dict of tensors by name")
             name = key.removeprefix(COMPILED_PREFIX)
             if name in self._keys:
                 raise CheckpointError(f"{path}: holds both {self._keys[name]} and {key}; one of them is too many")
@@ -49,6 +50,8 @@ class TorchFile:
 
 
 def _load(path: Path) -> dict[Any, Any]:
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: damaged, or not written by torch.save (is no regular file)")
     try:
         with warnings.catch_warnings():
             # of archives of programs, which are refused right behind it
@@ -63,7 +66,7 @@ def _load(path: Path) -> dict[Any, Any]:
             f"{path}: holds {what} beside tensors, which could run code; nothing was run; save the plain state dict"
         ) from None
     except Exception as error:  # the bytes of a damaged pickle may lead anywhere
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{path}: damaged, or not written by torch.save ({first})") from None
     if not isinstance(held, dict):
         raise CheckpointError(f"{path}: holds a {type(held).__name__}; must be a dict of tensors by name")
@@ -75,3 +78,9 @@ def _check_plain(path: Path, key: str, value: object) -> None:
         raise CheckpointError(f"{path}: {key} is a {type(value).__name__}; must be a tensor")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
         raise CheckpointError(f"{path}: {key} is no plain tensor ({value.layout}, on {value.device}); save it as one")
+    # one value may stand for any number of them: a small file would fill the memory
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        shape, held = list(value.shape), value.untyped_storage().nbytes()
+        raise CheckpointError(
+            f"{path}: tensor {key} of shape {shape} repeats itself, as {held:,} bytes hold it; save it as contiguous"
+        )

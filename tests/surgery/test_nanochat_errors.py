@@ -176,7 +176,7 @@ def test_metadata(own, settings, message):
     [
         (None, "meta_000650.json: No such file"),
         ("{", "damaged"),
-        ("[]", "not a JSON object"),
+        ("[]", "damaged (Input should be an object)"),
         ("{}", "no model_config"),
     ],
 )

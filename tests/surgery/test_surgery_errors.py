@@ -261,7 +261,7 @@ def spoil_config(source: Path) -> str:
 
 def list_config(source: Path) -> str:
     (source / "config.json").write_text("[]")
-    return f"{source / 'config.json'}: damaged (not a JSON object)"
+    return f"{source / 'config.json'}: damaged (Input should be an object)"
 
 
 def lose_shard(source: Path) -> str:
@@ -297,7 +297,7 @@ def point_outside(source: Path) -> str:
 
 def spoil_index(source: Path) -> str:
     (source / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    return "damaged (no weight_map)"
+    return "weight_map: damaged (Input should be an object)"
 
 
 def second_index(source: Path) -> str:
