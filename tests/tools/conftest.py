@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_helpers import FP32, SIZES, TOOL, Call
-from training.runs import arguments, train, write_corpus
+from training.runs import ROOT, arguments, train, write_corpus
 
 from megatron_adamba.config.script import run_script
 
@@ -41,7 +41,8 @@ def corpus(tmp_path_factory) -> Path:
 def one_rank(tmp_path_factory, corpus) -> Path:
     """A run of one rank in bf16, its attention frozen: weights of two dtypes. Checkpoints at 5 and 10."""
     run = tmp_path_factory.mktemp("one") / "run"
-    train(1, arguments(corpus, run, **SIZES, train__freeze="[attention]"))
+    bf16 = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero1.json")]
+    train(1, arguments(corpus, run, **SIZES, train__freeze="[attention]") + bf16)
     return run
 
 
