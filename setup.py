@@ -34,6 +34,7 @@ setup(
         "tensorboard>=2.16",
         "tiktoken>=0.8",
         "tokenizers>=0.20",
+        "typing_extensions>=4.12",
         "uvicorn>=0.30",
         "zstandard>=0.23",
     ],

@@ -6,17 +6,11 @@ import json
 import re
 import shlex
 
-import pytest
-from training.runs import arguments, losses, train, write_corpus
+from training.runs import arguments, losses, train
 
 from megatron_adamba.config.sections import OptimizerConfig
 from megatron_adamba.training.learning_watch import LearningWatch
 from megatron_adamba.training.nonfinite import way_on
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_good_checkpoints_outlive_the_streak_and_the_advice_works(data, tmp_path):

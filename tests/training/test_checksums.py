@@ -9,12 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from training.runs import ROOT, arguments, command, environment, train, write_corpus
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+from training.runs import ROOT, arguments, command, environment, train
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
-from training.runs import arguments, losses, train, write_corpus
+from training.runs import arguments, losses, train
 
 STEADY = {"optimizer__schedule": "constant"}
 """a rate that does not depend on the number of steps"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,11 @@ import signal
 import time
 
 import numpy as np
-import pytest
-from training.runs import arguments, write_corpus
+from training.runs import arguments
 from training.test_signals import start, wait_until
 
 from megatron_adamba.engine.lost_ranks import FailureNote, _described
 from megatron_adamba.errors import DataError, LostRankError
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def ends(processes, patience=90):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.runs import ROOT, arguments, train, write_corpus
+from training.runs import ROOT, arguments, train
 
 from megatron_adamba.config.sections import OptimizerConfig
 from megatron_adamba.engine.optimizer import ElasticOptimizer
@@ -17,11 +17,6 @@ LR = 1e-3
 STEADY = {"optimizer__schedule": "constant", "optimizer__warmup_steps": 0, "optimizer__lr": LR}
 STEADY |= {"elastic__width_sampling": "full", "elastic__plans_per_step": 1, "checkpoint__interval": 0}
 STEADY |= {"optimizer__eps": 1e-12, "train__gradient_clipping": 0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def weights(run):

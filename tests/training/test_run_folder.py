@@ -11,16 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from training.runs import arguments, losses, train, write_corpus
+from training.runs import arguments, losses, train
 
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.training.metrics import _cut_back, read_metrics
 from megatron_adamba.training.run_lock import RunLock
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,7 @@ import sys
 import time
 
 import pytest
-from training.runs import ROOT, arguments, environment, free_port, losses, train, write_corpus
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+from training.runs import ROOT, arguments, environment, free_port, losses, train
 
 
 def start(ranks: int, words: list[str]) -> list[subprocess.Popen]:
