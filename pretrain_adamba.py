@@ -5,6 +5,7 @@ deepspeed --num_gpus 2 pretrain_adamba.py --preset tiny-hybrid
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -44,20 +45,20 @@ def fail(error: AdambaError, tell: bool) -> int:
     """One line: on stderr, or in the log of a rank whose trouble another one tells."""
     line = f"error: {' '.join(str(error).split())}"
     if tell:
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=sys.stderr, flush=True)
     if (logger := logging.getLogger("megatron_adamba")).handlers:
         logger.error(line)
     return error.exit_code
 
 
 def show_config(parsed: ParsedArguments) -> int:
-    from rich.console import Console
-
     from megatron_adamba.blueprint.compat import micro_steps
     from megatron_adamba.blueprint.resolve import resolve_model
     from megatron_adamba.blueprint.stages import plan_stages
     from megatron_adamba.data.tokenizer import load_tokenizer
     from megatron_adamba.data.tokenizer_options import RUN_FLAGS
+    from megatron_adamba.training.progress import RunConsole
     from megatron_adamba.training.report import print_config, print_stages, print_summary
 
     config = parsed.config
@@ -72,7 +73,7 @@ def show_config(parsed: ParsedArguments) -> int:
     for name, value in vars(model).items():
         if getattr(config.model, name) != value:
             sources[f"model.{name}"] = f"derived from {sources[f'model.{name}']}"
-    console = Console()
+    console = RunConsole()
     if parsed.print_config:
         print_config(console, replace(config, model=model), sources)
     if parsed.summary:
@@ -110,14 +111,13 @@ def train(parsed: ParsedArguments) -> int:
 
 
 def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:
-    from rich.console import Console
-
+    from megatron_adamba.training.progress import RunConsole
     from megatron_adamba.training.report import print_rows, print_start
     from megatron_adamba.training.run import build_run
     from megatron_adamba.training.trainer import Trainer
 
     built = build_run(plan, info)
-    console = Console(quiet=info.rank != 0)
+    console = RunConsole(quiet=info.rank != 0)
     print_start(console, built, parsed)
     rows = Trainer(built, console, folder.leave).train()
     if rows:

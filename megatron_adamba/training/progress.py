@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunConsole(Console):
+    """Goes quiet where its reader goes away, as behind `| head`: a run does not end for that."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        logging.getLogger("megatron_adamba").warning("nobody reads the output any more; the run goes on")
 
 
 class ProgressView:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training.runs import arguments, losses, train
+from training.runs import ROOT, arguments, command, environment, losses, train
 
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.training.metrics import _cut_back, read_metrics
@@ -231,3 +231,13 @@ def test_a_damaged_lock_is_named(tmp_path):
     (tmp_path / "lock.json").write_text("{")
     with pytest.raises(ConfigError, match=r"lock\.json: damaged .*delete it if no run uses the folder"):
         RunLock(tmp_path).acquire()
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(data, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(data, run, train__steps=30, checkpoint__interval=0)
+    process = subprocess.Popen(command(1, words), stdout=subprocess.PIPE, env=environment(), cwd=ROOT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert max(losses(run)) == 30 and (run / "model" / "config.json").exists()
