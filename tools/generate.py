@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from inference_commands.options import add_mode_options, add_sampling_options, chosen_mode, chosen_sampling
 
+from megatron_adamba.config.rules import can_be_file, count
 from megatron_adamba.config.script import run_script
 
 
@@ -42,6 +43,9 @@ def main(words: list[str]) -> int:
 
     from megatron_adamba.inference.load import load_model
 
+    count("--batch-size", args.batch_size, 4096)
+    count("--max-new-tokens", args.max_new_tokens, 2**24)
+    can_be_file("--output", args.output)
     sampling, mode = chosen_sampling(args), chosen_mode(args)
     sampling.check()
     loaded = load_model(args.model, args.dtype)

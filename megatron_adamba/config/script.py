@@ -4,34 +4,58 @@ from __future__ import annotations
 
 import atexit
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_adamba.errors import AdambaError, StorageError
+from megatron_adamba.errors import AdambaError, ConfigError, StorageError
 
-INTERRUPTED = 130
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+INTERRUPTED, READER_GONE = 130, 141
+"""as shells count: 128 and the signal's number"""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+PATH_ERRORS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
 def run_script(main: Callable[[list[str]], int]) -> None:
     """Runs `main` on the command line's words and exits with what it returns.
 
     An `AdambaError` becomes `error: ...` on stderr and its class's exit code; a full disk or one that refuses to be
-    written to counts as `StorageError`, Ctrl-C exits with 130. Anything else is a defect and keeps its traceback.
+    written to counts as `StorageError`, a path that cannot be what it has to be as `ConfigError`. Ctrl-C exits
+    with 130, a reader of the output that goes away (`| head`) ends the script with 141 and without a word. Anything
+    else is a defect and keeps its traceback.
     """
+    _show_any_text()
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        # what is left in the buffer may be too much for a reader that has gone
+        sys.stdout.flush()
+        sys.exit(code)
     except AdambaError as error:
         _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # the interpreter would flush once more, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(READER_GONE)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror}; free space or choose a folder that can be written", StorageError.exit_code)
+        reason = error.strerror or str(error)
+        path = error.filename2 or error.filename
+        if error.errno in DISK_ERRORS:
+            where = f"{path}: " if path else ""
+            _fail(f"{where}{reason}; free space or choose a folder that can be written", StorageError.exit_code)
+        if error.errno in PATH_ERRORS and path:
+            _fail(f"{path}: {reason}; give another path", ConfigError.exit_code)
+        raise
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
+
+
+def _show_any_text() -> None:
+    """What a terminal cannot show, such as names that are not UTF-8, is spelled instead of ending the script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave(code: int) -> NoReturn:
