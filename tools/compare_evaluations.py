@@ -9,12 +9,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_adamba.config.rules import file_to_write
 from megatron_adamba.config.script import run_script
-from megatron_adamba.errors import DataError
+from megatron_adamba.evaluation.report import read_rows
 from megatron_adamba.files import write_atomically
 
 
@@ -23,6 +23,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("evaluations", nargs="+", metavar="FILE", help="eval.json that tools/evaluate.py wrote")
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
     args = parser.parse_args(words)
+    file_to_write("--json", args.json, "report.json")
 
     from rich.console import Console
     from rich.table import Table
@@ -43,17 +44,14 @@ def main(words: list[str]) -> int:
 
 def read_losses(path: Path) -> dict[str, float]:
     """By column. Raises DataError where the file is no evaluation."""
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-        widths = {row["width"]: row["nats_per_token"] for row in rows if row.get("exit_layer") is None}
-        exits = {row["exit_layer"]: row["nats_per_token"] for row in rows if row.get("exit_layer") is not None}
-        losses = {f"width {width}": float(loss) for width, loss in widths.items()}
-        narrow = [loss for width, loss in widths.items() if width < max(widths)]
-        if narrow:
-            losses["mean below"] = sum(narrow) / len(narrow)
-        return losses | {f"{layer} blocks": float(loss) for layer, loss in exits.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not an eval.json ({error}); run tools/evaluate.py --json first") from None
+    rows = read_rows(path)
+    widths = {row.width: row.nats_per_token for row in rows if row.exit_layer is None}
+    exits = {row.exit_layer: row.nats_per_token for row in rows if row.exit_layer is not None}
+    losses = {f"width {width}": loss for width, loss in widths.items()}
+    narrow = [loss for width, loss in widths.items() if width < max(widths)]
+    if narrow:
+        losses["mean below"] = sum(narrow) / len(narrow)
+    return losses | {f"{layer} blocks": loss for layer, loss in exits.items()}
 
 
 if __name__ == "__main__":

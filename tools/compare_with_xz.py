@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_adamba.config.rules import file_to_write
 from megatron_adamba.config.script import run_script
 from megatron_adamba.errors import DataError
 from megatron_adamba.files import write_atomically
@@ -35,20 +36,21 @@ def main(words: list[str]) -> int:
 
     from megatron_adamba.data.blend import open_dataset
     from megatron_adamba.data.tokenizer import load_tokenizer
+    from megatron_adamba.evaluation.report import read_rows
 
-    try:
-        rows = json.loads(Path(args.eval).read_text())["rows"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"--eval {args.eval}: not an eval.json ({error}); run tools/evaluate.py --json first") from None
+    file_to_write("--json", args.json, "report.json")
+    rows = read_rows(Path(args.eval), "--eval ")
     tokenizer = load_tokenizer(args.tokenizer, args.eod_token, args.split_pattern, network=True)
     indexed = open_dataset(args.data, tokenizer, "--data", "--tokenizer")
     documents = [tokenizer.decode(indexed.document(i).tolist()) for i in range(indexed.num_documents)]
     content = "".join(documents).encode()
-    if rows[-1]["bytes"] != len(content):
-        raise DataError(f"--eval {args.eval}: scored {rows[-1]['bytes']} bytes, {args.data} holds {len(content)}")
+    if rows[-1].bytes != len(content):
+        raise DataError(f"--eval {args.eval}: scored {rows[-1].bytes} bytes, {args.data} holds {len(content)}")
     packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
     xz = 8 * len(packed) / len(content)
-    bits = [row["bits_per_byte"] for row in rows]
+    bits = [row.bits_per_byte for row in rows if row.bits_per_byte is not None]
+    if len(bits) < len(rows):
+        raise DataError(f"--eval {args.eval}: has no bits per byte; evaluate a dataset whose sidecars are there")
     in_order = all(wide <= narrow + SLACK for i, narrow in enumerate(bits) for wide in bits[i + 1 :])
     print(f"{len(content):,} held-out bytes: xz -9e {xz:.4f} bits per byte, the model {bits[-1]:.4f} at full width")
     print("no wider width is worse than a narrower one" if in_order else "widths are out of order: " + str(bits))

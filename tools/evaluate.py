@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_adamba.config.rules import count, file_to_write, in_range
 from megatron_adamba.config.script import run_script
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.files import write_atomically
@@ -46,6 +47,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def main(words: list[str]) -> int:
     args = parse(words)
+    _check(args)
     if args.adaptive:
         from inference_commands.policies import evaluate_policies
 
@@ -84,6 +86,17 @@ def main(words: list[str]) -> int:
     if args.plot:
         draw_pareto([row for row in rows if row.exit_layer is None], Path(args.plot))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ConfigError."""
+    count("--seq-len", args.seq_len, 2**24)
+    count("--batch-size", args.batch_size, 2**20)
+    in_range("--fixed-exits", args.fixed_exits, 0, 10**6)
+    if args.max_tokens is not None:
+        count("--max-tokens", args.max_tokens, 2**62)
+    file_to_write("--plot", args.plot, "pareto.png")
+    file_to_write("--json", args.json, "eval.json")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from inference_commands.options import add_mode_options, add_sampling_options, chosen_mode, chosen_sampling
 
+from megatron_adamba.config.rules import count, file_to_write
 from megatron_adamba.config.script import run_script
 
 
@@ -43,6 +44,9 @@ def main(words: list[str]) -> int:
 
     from megatron_adamba.inference.load import load_model
 
+    count("--batch-size", args.batch_size, 4096)
+    count("--max-new-tokens", args.max_new_tokens, 2**24)
+    file_to_write("--output", args.output, "sample.txt")
     sampling, mode = chosen_sampling(args), chosen_mode(args)
     sampling.check()
     loaded = load_model(args.model, args.dtype, verify=not args.no_verify)

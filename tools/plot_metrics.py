@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_adamba.config.rules import file_to_write
 from megatron_adamba.config.script import run_script
 from megatron_adamba.errors import DataError
 
@@ -22,6 +23,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--metrics", required=True, nargs="+", help="metrics.jsonl of a run, or of several in order")
     parser.add_argument("--output", required=True, help="picture to write")
     args = parser.parse_args(words)
+    file_to_write("--output", args.output, "curves.png")
 
     from megatron_adamba.evaluation.pictures import draw_curves, draw_road
 
@@ -35,11 +37,15 @@ def main(words: list[str]) -> int:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    from megatron_adamba.evaluation.report import checked_metrics
     from megatron_adamba.training.metrics import read_metrics
 
     if not path.is_file():
         raise DataError(f"--metrics {path}: no such file; a run leaves one at RUN/metrics.jsonl")
-    records = read_metrics(path)
+    try:
+        records = checked_metrics(read_metrics(path), path)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"--metrics {path}: is no metrics.jsonl ({type(error).__name__}); give a run's own") from None
     if not records:
         raise DataError(f"--metrics {path}: holds no records yet; the run writes one every logging.interval steps")
     return records

@@ -11,6 +11,7 @@ from megatron_adamba.errors import ConfigError
 
 LONGEST_NAME = 200
 """bytes, so that what is added while it is written fits too"""
+LARGEST_SEED = 2**63 - 1
 LARGEST = 2**31 - 1
 """what sizes and counts are held against: a larger one is a slip of the hand, and would be waited for"""
 
@@ -29,8 +30,11 @@ def in_range(flag: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{flag} {value}: must lie between {low} and {high}, for example {flag} {low}")
 
 
-def file_to_write(flag: str, path: str, example: str) -> None:
-    """Found out before the work that is to be written there. example: a name that works in a folder."""
+def file_to_write(flag: str, path: str | None, example: str) -> None:
+    """Found out before the work that is to be written there; None is nothing. example: a name that works in a
+    folder."""
+    if path is None:
+        return
     if not path or path.endswith("/") or os.path.isdir(path):
         raise ConfigError(f"{flag} {path!r}: a file must be named, for example {flag} {os.path.join(path, example)}")
     if len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
@@ -51,6 +55,17 @@ def below_one(flag: str, value: float) -> None:
     """From 0 on, 1 excluded."""
     if not 0 <= value < 1:
         raise ConfigError(f"{flag} {value}: must lie between 0 and 1, 1 itself excluded, for example {flag} 0.9")
+
+
+def count(flag: str, value: int, most: int) -> None:
+    """At least one, and no more than can ever be meant."""
+    positive(flag, min(value, 1))
+    in_range(flag, value, 1, most)
+
+
+def check_seed(flag: str, value: int) -> None:
+    """Every generator takes those."""
+    in_range(flag, value, 0, LARGEST_SEED)
 
 
 def one_of(flag: str, value: object, allowed: Iterable[object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import io
 import os
 import re
 import signal
@@ -15,13 +16,14 @@ from typing import NoReturn, TextIO
 from megatron_adamba.errors import AdambaError, ConfigError, StorageError
 
 INTERRUPTED, READER_GONE = 130, 141
+"""as shells count: 128 and the signal's number"""
 _RUN_FLAG = re.compile(
     r"(?<![\w-])(?<!pretrain_adamba\.py )--"
     r"(?=(?:model|elastic|gates|data|train|optimizer|parallel|checkpoint|logging)\.\w|depth\b)"
 )
 _FLAG = re.compile(r"(?<![\w-])(?<!\.py )--([a-z][\w.-]*)")
-PATH_ERRORS = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+PATH_ERRORS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
 def as_settings(text: str) -> str:
@@ -39,9 +41,11 @@ def run_script(main: Callable[[list[str]], int], reworded: Callable[[str], str] 
     that they name no flag that the script has not.
 
     An `AdambaError` becomes `error: ...` on stderr and its class's exit code; a full disk or one that refuses to be
-    written to counts as `StorageError`, a path that leads nowhere as `ConfigError`, Ctrl-C exits with 130. A reader
-    that went away (`| head`) ends it as it ends other programs. Anything else is a defect and keeps its traceback.
+    written to counts as `StorageError`, a path that cannot be what it has to be as `ConfigError`. Ctrl-C exits
+    with 130, a reader of the output that goes away (`| head`) ends the script with 141 and without a word. Anything
+    else is a defect and keeps its traceback.
     """
+    _show_any_text()
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at the interpreter's end
@@ -52,12 +56,14 @@ def run_script(main: Callable[[list[str]], int], reworded: Callable[[str], str] 
         _discard(sys.stdout)
         sys.exit(READER_GONE)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        if error.errno in PATH_ERRORS:
-            _fail(f"{where}{error.strerror}; give another path", ConfigError.exit_code)
-        if error.errno not in DISK_ERRORS:
-            raise
-        _fail(f"{where}{error.strerror}; free space or choose a folder that can be written", StorageError.exit_code)
+        reason = error.strerror or str(error)
+        path = error.filename2 or error.filename
+        if error.errno in DISK_ERRORS:
+            where = f"{path}: " if path else ""
+            _fail(f"{where}{reason}; free space or choose a folder that can be written", StorageError.exit_code)
+        if error.errno in PATH_ERRORS and path:
+            _fail(f"{path}: {reason}; give another path", ConfigError.exit_code)
+        raise
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except Stopped as stopped:
@@ -92,6 +98,13 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _show_any_text() -> None:
+    """What a terminal cannot show, such as names that are not UTF-8, is spelled instead of ending the script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave(code: int) -> NoReturn:

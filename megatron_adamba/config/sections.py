@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_adamba.config.rules import below_one, in_range, one_of, positive
+from megatron_adamba.config.rules import below_one, check_seed, in_range, one_of, positive
 from megatron_adamba.errors import ConfigError
 
 
@@ -165,7 +165,7 @@ class TrainConfig:
             one_of("--train.phase", self.phase, (1, 2, 3))
         for name in ("gradient_clipping", "eval_interval"):
             in_range(f"--train.{name}", getattr(self, name), 0, float("inf"))
-        in_range("--train.seed", self.seed, 0, 2**63 - 1)
+        check_seed("--train.seed", self.seed)
 
 
 @dataclass

@@ -6,7 +6,6 @@ over prompt and answer tells whether the model is right.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from megatron_adamba.inference.compute import ComputeMeter
 from megatron_adamba.inference.load import LoadedModel
 from megatron_adamba.inference.modes import Mode
 from megatron_adamba.inference.policy import ComputePolicy
+from megatron_adamba.inference.text_stream import clean_text
+from megatron_adamba.schema import JsonObject, check_value, parse_json, read_regular
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,13 @@ class ItemResult:
 
 def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
     """Lines of {"prompt", "answer"}. Raises DataError."""
-    items = []
-    try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            values = json.loads(line)
-            if not (isinstance(values, dict) and {"prompt", "answer"} <= values.keys()):
-                raise ValueError(f"line {number} is no object with prompt and answer")
-            prompt, answer = (tokenizer.encode(str(values[name])) for name in ("prompt", "answer"))
-            items.append(Item((tokenizer.eod_id, *prompt), (*answer, tokenizer.eod_id)))
-    except (OSError, ValueError) as error:
-        raise DataError(f"--items {path}: {error}") from None
+    advice = 'give lines of {"prompt": "...", "answer": "..."}'
+    items, encoded = [], lambda text: tokenizer.encode(clean_text(text))
+    for number, line in enumerate(read_regular(path, DataError, advice).splitlines(), 1):
+        values = parse_json(line, JsonObject, f"--items {path}: line {number}", DataError, advice)
+        texts = [values.get(name) for name in ("prompt", "answer")]
+        prompt, answer = check_value(texts, list[str], f"--items {path}: line {number}", DataError, advice)
+        items.append(Item((tokenizer.eod_id, *encoded(prompt)), (*encoded(answer), tokenizer.eod_id)))
     if not items:
         raise DataError(f"--items {path}: holds no items")
     return items

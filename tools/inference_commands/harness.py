@@ -198,7 +198,7 @@ class AdambaLM(TemplateLM):
             logging.getLogger("megatron_adamba").warning("generation settings without effect: %s", ", ".join(unknown))
         prompt = tuple(self.tok_encode(context)[-room:]) or (self.prefix_token_id,)
         sampling = replace(Sampling(temperature, seed=seed), **own)
-        stop = tuple(clean_text(text) for text in until if text)
+        stop = tuple(text for text in until if text)
         return GenerationRequest(prompt, self.mode.policy(self.loaded, prompt), most, sampling, stop)
 
 

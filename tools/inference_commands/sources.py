@@ -20,17 +20,20 @@ from megatron_adamba.inference.load import LoadedModel
 from megatron_adamba.inference.modes import Mode
 from megatron_adamba.inference.policy import ComputePolicy
 from megatron_adamba.inference.sampling import Sampling
+from megatron_adamba.inference.text_stream import clean_text
+from megatron_adamba.schema import read_regular
 
 
 def generate_prompt(loaded: LoadedModel, args: argparse.Namespace, mode: Mode, sampling: Sampling) -> None:
     """Shows the text as it comes."""
     if not args.prompt:
         raise ConfigError('--prompt: is empty; for example --prompt "def "')
-    request = _request(loaded, args, mode, sampling, args.prompt)
-    generation = Generation(loaded, 1, len(request.prompt) + max(request.max_new_tokens, 1))
-    start, news, text = time.perf_counter(), [], args.prompt
+    prompt = clean_text(args.prompt)
+    request = _request(loaded, args, mode, sampling, prompt)
+    generation = Generation(loaded, 1, len(request.prompt) + request.max_new_tokens)
+    start, news, text = time.perf_counter(), [], prompt
     for new in _one(generation, request):
-        print(new.text if news else args.prompt + new.text, end="", flush=True)
+        print(new.text if news else prompt + new.text, end="", flush=True)
         text += new.text
         news.append(new)
     print()
@@ -45,14 +48,14 @@ def generate_prompt(loaded: LoadedModel, args: argparse.Namespace, mode: Mode, s
 def generate_file(loaded: LoadedModel, args: argparse.Namespace, mode: Mode, sampling: Sampling) -> None:
     """Prompts side by side; a finished one makes room for the next. The texts keep the file's order."""
     try:
-        prompts = args.file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = read_regular(args.file, DataError, "give a text file").decode().splitlines()
+    except (DataError, UnicodeDecodeError) as error:
         raise DataError(f"--file {args.file}: cannot be read as text ({error})") from None
     if not prompts or not all(prompts):
         raise DataError(f"--file {args.file}: holds an empty line, or none; give a prompt a line")
     requests = [_request(loaded, args, mode, sampling, prompt) for prompt in prompts]
-    longest = max(len(request.prompt) for request in requests) + max(args.max_new_tokens, 1)
-    generation = Generation(loaded, max(1, args.batch_size), longest)
+    longest = max(len(request.prompt) for request in requests) + args.max_new_tokens
+    generation = Generation(loaded, min(args.batch_size, len(requests)), longest)
     texts, exits, waiting = [""] * len(prompts), [[] for _ in prompts], list(range(len(prompts)))
     places: dict[int, int] = {}
     start = time.perf_counter()
@@ -101,10 +104,12 @@ def _turns() -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        # bytes that are no UTF-8, and halves of pairs, are cleaned as everywhere
+        stream = getattr(sys.stdin, "buffer", None)
+        line = sys.stdin.readline() if stream is None else stream.readline().decode(errors="replace")
         if not line.strip():
             return
-        yield line
+        yield clean_text(line)
 
 
 def _request(

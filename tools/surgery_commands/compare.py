@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_adamba.config.rules import positive
+from megatron_adamba.config.rules import count, file_to_write
 from megatron_adamba.files import write_atomically
 from surgery_commands.extract import add_plan_flags, plan_flags
 
@@ -33,7 +33,8 @@ def _run(args: argparse.Namespace) -> int:
     width, widths, exit_layer = plan_flags(args)
     for flag in ("tokens", "seq_len", "batch_size"):
         if getattr(args, flag) is not None:
-            positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
+            count(f"--{flag.replace('_', '-')}", getattr(args, flag), 2**40 if flag == "tokens" else 2**24)
+    file_to_write("--json", args.json, "report.json")
 
     from megatron_adamba.inference.load import load_model
     from megatron_adamba.surgery.compare import comparable_plans, compare_models

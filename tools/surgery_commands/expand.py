@@ -28,11 +28,13 @@ def add(commands) -> None:
 
 
 def _plan(args: argparse.Namespace):
-    from megatron_adamba.config.rules import in_range, positive
+    from megatron_adamba.config.rules import check_seed, count, in_range
     from megatron_adamba.surgery.expand import Noise, expand
     from megatron_adamba.surgery.expand_config import Sizes
 
-    positive("--rank", args.rank)
-    in_range("--std", args.std, 0, float("inf"))
+    count("--hidden", args.hidden, 2**24)
+    count("--rank", args.rank, 2**16)
+    in_range("--std", args.std, 0, 1e6)
+    check_seed("--seed", args.seed)
     sizes = Sizes(**{name: getattr(args, name) for name in SIZE_FLAGS})
     return expand(args.source, args.hidden, args.heads, Noise(args.rank, args.std, args.seed), sizes)

@@ -25,7 +25,9 @@ def add(commands) -> None:
 
 
 def _plan(args: argparse.Namespace):
+    from megatron_adamba.config.rules import check_seed
     from megatron_adamba.surgery.graft import graft
 
+    check_seed("--seed", args.seed)
     given = {name: value for name in MAMBA_FLAGS if (value := getattr(args, name)) is not None}
     return graft(args.source, args.pattern, given, args.seed)

@@ -23,7 +23,7 @@ def add(commands) -> None:
 
 def _plan(args: argparse.Namespace):
     from megatron_adamba.config.root import find_tokenizer
-    from megatron_adamba.config.rules import one_of, positive
+    from megatron_adamba.config.rules import check_seed, count, one_of
     from megatron_adamba.data.blend import open_dataset
     from megatron_adamba.data.packed import evaluation_batches
     from megatron_adamba.data.tokenizer import load_tokenizer
@@ -32,12 +32,14 @@ def _plan(args: argparse.Namespace):
     from megatron_adamba.surgery.calibration import Calibration
     from megatron_adamba.surgery.reorder import reorder, shuffle
 
+    if args.random is not None:
+        check_seed("--random", args.random)
     if args.random is not None and args.data is None:
         return shuffle(args.source, args.random)
     if args.data is None or args.random is not None:
         raise ConfigError("reorder: takes --data PREFIX, text to measure importance on, or --random SEED; give one")
     for flag in ("tokens", "seq_len", "batch_size"):
-        positive(f"--{flag.replace('_', '-')}", getattr(args, flag))
+        count(f"--{flag.replace('_', '-')}", getattr(args, flag), 2**40 if flag == "tokens" else 2**24)
     kinds = args.orders.split(",")
     for kind in kinds:
         one_of("--orders", kind, KINDS)

@@ -15,7 +15,8 @@ MOST_STOPS, LONGEST_STOP = 4, 1000
 """strings, as OpenAI has it, and characters of one: all are looked for behind every token"""
 
 Cleaned = Annotated[str, AfterValidator(clean_text)]
-Stop = Annotated[Cleaned, Field(max_length=LONGEST_STOP)]
+# with halves of pairs it is in no text, and must not become the U+FFFD that may be
+Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 # a body of wrong items would make as many complaints
 Strings = Annotated[list[Cleaned], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
