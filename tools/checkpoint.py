@@ -278,12 +278,12 @@ def as_json(checkpoint: OpenCheckpoint) -> dict[str, Any]:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from megatron_adamba.checkpoint.canonical import CHECKSUMS_FILE
+    from megatron_adamba.checkpoint.canonical import read_checksums
     from megatron_adamba.checkpoint.offline import CANONICAL
     from megatron_adamba.checkpoint.verify import verify
 
     checkpoint = verify(Path(args.path))
-    bare = checkpoint.kind == CANONICAL and not (checkpoint.folder / CHECKSUMS_FILE).exists()
+    bare = checkpoint.kind == CANONICAL and not read_checksums(checkpoint.folder)
     note = "; it has no checksums: values are known to be finite, not to be unchanged" if bare else ""
     held = described(checkpoint.infos.values())
     print(f"OK: {checkpoint.folder}: {checkpoint.kind}{where(checkpoint)}, {held}{note}")

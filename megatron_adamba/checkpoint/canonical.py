@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_adamba.checkpoint.aside import written_aside
 from megatron_adamba.checkpoint.carried import carried_files
-from megatron_adamba.checkpoint.formats import Checksums, Index
+from megatron_adamba.checkpoint.formats import Index
 from megatron_adamba.checkpoint.history import HISTORY_FILE, trained_history
 from megatron_adamba.checkpoint.shards import TensorInfo, checksum, shard_name, stream_shards
 from megatron_adamba.checkpoint.training import read_state, verify_files
@@ -24,7 +24,8 @@ from megatron_adamba.errors import CheckpointError
 from megatron_adamba.files import write_atomically
 from megatron_adamba.schema import read_json
 
-INDEX_FILE, CONFIG_FILE, CHECKSUMS_FILE = "model.safetensors.index.json", "config.json", "checksums.json"
+INDEX_FILE, CONFIG_FILE = "model.safetensors.index.json", "config.json"
+_RESTORE = "give a folder that holds a canonical checkpoint, or restore the file"
 MAX_SHARD_BYTES = 4 * 2**30
 WEIGHT_PREFIX = "weight/"
 
@@ -51,9 +52,8 @@ def write_canonical(
         else:
             places, sums = stream_shards(aside, infos, tensors, max_shard_bytes)
         total = sum(info.num_bytes for info in infos.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": places, "crc32": sums}
         write_atomically(aside / INDEX_FILE, json.dumps(index, indent=1).encode())
-        write_atomically(aside / CHECKSUMS_FILE, json.dumps({"crc32": sums}, indent=1).encode())
         write_atomically(aside / CONFIG_FILE, json.dumps(config, indent=1).encode())
         if history:
             write_atomically(aside / HISTORY_FILE, (json.dumps(history, indent=1) + "\n").encode())
@@ -104,20 +104,17 @@ def _write_shards(
 
 def read_checksums(folder: Path) -> dict[str, int]:
     """CRC-32 by tensor; none where others wrote the folder. Raises CheckpointError."""
-    path = folder / CHECKSUMS_FILE
-    if not path.exists():
-        return {}
-    return read_json(path, Checksums, CheckpointError, "restore the file, or delete it to go without")["crc32"]
+    return read_json(folder / INDEX_FILE, Index, CheckpointError, _RESTORE).get("crc32", {})
 
 
 def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard file. Raises CheckpointError naming what is missing or damaged."""
     path = folder / INDEX_FILE
-    advice = "give a folder that holds a canonical checkpoint, or restore the file"
-    places = read_json(path, Index, CheckpointError, advice)["weight_map"]
+    places = read_json(path, Index, CheckpointError, _RESTORE)["weight_map"]
     for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder / shard}: missing, or no file, though {INDEX_FILE} names it")
+            what = "no regular file" if (folder / shard).exists() else "missing"
+            raise CheckpointError(f"{folder / shard}: {what}, though {INDEX_FILE} names it")
     return places
 
 

@@ -49,16 +49,12 @@ class StoredState(TypedDict, total=False):
 
 
 class Index(TypedDict, total=False):
-    """model.safetensors.index.json of a canonical checkpoint: tensor -> shard."""
+    """model.safetensors.index.json of a canonical checkpoint: tensor -> shard, and, beside what others write, tensor ->
+    checksum of its bytes."""
 
     __pydantic_config__ = ConfigDict(extra="allow")
     weight_map: Required[dict[TensorName, FileName]]
     metadata: Any
-
-
-class Checksums(TypedDict):
-    """checksums.json of a canonical checkpoint, by tensor."""
-
     crc32: dict[TensorName, Crc32]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_adamba.checkpoint.canonical import CHECKSUMS_FILE, INDEX_FILE, read_checksums
+from megatron_adamba.checkpoint.canonical import INDEX_FILE, read_checksums
 from megatron_adamba.checkpoint.dcp_json import METADATA_FILE
 from megatron_adamba.checkpoint.formats import Index
 from megatron_adamba.checkpoint.offline import (
@@ -67,7 +67,7 @@ def _verify_canonical(checkpoint: OpenCheckpoint) -> None:
     check_weights(checkpoint)
     sums = read_checksums(folder)
     if sums and (bare := sorted({key.partition("/")[2] for key in checkpoint.infos} - set(sums))):
-        raise CheckpointError(f"{folder / CHECKSUMS_FILE}: has no checksum of {bare[0]}; restore the file")
+        raise CheckpointError(f"{folder / INDEX_FILE}: has no checksum of {bare[0]}; restore the file")
     # reading holds each tensor against its checksum
     for key in checkpoint.infos:
         name = key.partition("/")[2]

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from megatron_adamba.blueprint.gates import gate_manifest
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import load_into
-from megatron_adamba.checkpoint.offline import check_weights, open_checkpoint
+from megatron_adamba.checkpoint.offline import described_model, open_checkpoint
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import find_tokenizer, read_run_config
 from megatron_adamba.config.rules import one_of
@@ -83,8 +83,7 @@ def load_model(
     if device.type == "cpu":
         keep_freed_pages()
     dtype = dtype or ("bf16" if fast_bf16(device) else "fp32")
-    # shapes first: what a damaged config asks for may not fit into any memory
-    config, _ = check_weights(open_checkpoint(folder))
+    config = _config_that_fits(folder)
     tokenizer = _tokenizer(folder, config)
     model = AdambaModel(config, device="meta").to_empty(device="cpu")
     load_into(model, folder, elsewhere={spec.name for spec in gate_manifest(config)}, verify=verify)
@@ -92,6 +91,19 @@ def load_model(
     model.requires_grad_(False).eval()
     gates = _gates(folder, config, device, verify)
     return LoadedModel(model, gates, *_gate_config(folder, config), tokenizer, device)
+
+
+def _config_that_fits(folder: Path) -> ModelConfig:
+    """The model's, once the shapes of all tensors are known: what a damaged one asks for may not fit into any memory.
+    Raises CheckpointError."""
+    opened = open_checkpoint(folder)
+    config, specs = described_model(opened)
+    for spec in specs:
+        if spec.name not in opened.weights:
+            raise CheckpointError(f"{folder}: has no tensor {spec.name}; its config.json describes another model")
+        if (shape := opened.weights[spec.name].shape) != spec.shape:
+            raise CheckpointError(f"{folder}: {spec.name} has shape {shape}, the model's is {spec.shape}")
+    return config
 
 
 def _gates(folder: Path, config: ModelConfig, device: torch.device, verify: bool) -> Gates | None:

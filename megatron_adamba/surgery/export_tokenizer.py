@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_adamba.config.root import find_tokenizer
 from megatron_adamba.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from megatron_adamba.data.tokenizer_files import TiktokenTokenizer
 from megatron_adamba.data.tokenizer_sentencepiece import SPACE_MARK
+from megatron_adamba.data.tokenizer_tiktoken import TiktokenTokenizer
 from megatron_adamba.surgery.canonical_source import CanonicalSource
 from megatron_adamba.surgery.end_tokens import GENERATION_FILE, TOKENIZER_CONFIG_FILE
 

@@ -13,7 +13,7 @@ from mutations import mutated_bytes, mutated_json
 
 from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.blueprint.resolve import resolve_model
-from megatron_adamba.checkpoint.canonical import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, read_tensors, write_canonical
+from megatron_adamba.checkpoint.canonical import CONFIG_FILE, INDEX_FILE, read_tensors, write_canonical
 from megatron_adamba.checkpoint.offline import check_weights, open_checkpoint, to_training
 from megatron_adamba.checkpoint.training import FILES_FILE, STATE_FILE, latest_checkpoint, verify_files
 from megatron_adamba.checkpoint.verify import verify
@@ -88,7 +88,7 @@ def read_canonical(folder):
     read_model_config(folder)
 
 
-@pytest.mark.parametrize("name", [CONFIG_FILE, INDEX_FILE, CHECKSUMS_FILE])
+@pytest.mark.parametrize("name", [CONFIG_FILE, INDEX_FILE])
 def test_json_of_a_canonical_checkpoint(canonical, tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(canonical, folder)

@@ -40,8 +40,8 @@ def tool(*words) -> tuple[int, str, str]:
 
 
 def test_every_tensor_has_a_checksum(whole):
-    index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
-    assert json.loads((whole / "checksums.json").read_text())["crc32"].keys() == index.keys()
+    index = json.loads((whole / "model.safetensors.index.json").read_text())
+    assert index["crc32"].keys() == index["weight_map"].keys()
 
 
 def test_verify_and_every_reader_name_the_shard(flipped, data, tmp_path):
@@ -72,14 +72,16 @@ def test_those_who_ask_for_it_read_without(flipped, data, tmp_path):
 def test_a_folder_of_others_has_none_and_loads(whole, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(whole, model)
-    (model / "checksums.json").unlink()
+    index = model / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    sums = values.pop("crc32")
+    index.write_text(json.dumps(values))
     code, out, _ = tool("checkpoint.py", "verify", model)
     assert code == 0 and "has no checksums" in out
-    sums = json.loads((whole / "checksums.json").read_text())
-    sums["crc32"].popitem()
-    (model / "checksums.json").write_text(json.dumps(sums))
+    sums.popitem()
+    index.write_text(json.dumps(values | {"crc32": sums}))
     code, _, errors = tool("checkpoint.py", "verify", model)
-    assert code == 5 and "checksums.json: has no checksum of " in errors
+    assert code == 5 and "index.json: has no checksum of " in errors
 
 
 def test_a_full_disk_while_metrics_are_written_is_named(data, tmp_path):
