@@ -21,6 +21,7 @@ from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_adamba.layers.gates import Gates
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.ops.host_memory import keep_freed_pages
+from megatron_adamba.schema import Count, JsonObject, check_value
 
 
 @dataclass
@@ -84,26 +85,31 @@ def _gates(folder: Path, config: ModelConfig, device: torch.device) -> Gates | N
 
 def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
     """The gates section of the run, and its earliest exit. Raises CheckpointError."""
-    run = read_run_config(folder)
-    values, known = run.get("gates", {}), {entry.name for entry in fields(GatesConfig)}
+    run, path = read_run_config(folder), folder / "config.json"
+    told = lambda value, kind, name: check_value(value, kind, f"{path}: {name}", CheckpointError, "restore the file")
+    values = told(run.get("gates", {}), JsonObject, "gates")
+    known = {entry.name for entry in fields(GatesConfig)}
+    gates = told({name: value for name, value in values.items() if name in known}, GatesConfig, "gates")
     try:
-        gates = GatesConfig(**{name: value for name, value in values.items() if name in known})
         gates.check()
-        elastic = run.get("elastic", {})
-        if gates.predictor is None:
-            gates = replace(gates, predictor=default_predictor(elastic.get("width_sampling")))
-        first = elastic.get("min_exit_layer") or earliest_exit(config.num_layers)
-        return gates, min(int(first), config.num_layers)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: the gates section is damaged ({error})") from None
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: the gates section is damaged ({error})") from None
+    elastic = told(run.get("elastic", {}), JsonObject, "elastic")
+    if gates.predictor is None:
+        sampling = told(elastic.get("width_sampling"), str | None, "elastic.width_sampling")
+        gates = replace(gates, predictor=default_predictor(sampling))
+    first = told(elastic.get("min_exit_layer"), Count | None, "elastic.min_exit_layer")
+    return gates, min(first or earliest_exit(config.num_layers), config.num_layers)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    found = find_tokenizer(folder)
+    path, advice = folder / "config.json", "restore the file"
+    found = check_value(find_tokenizer(folder), str | None, f"{path}: data.tokenizer", CheckpointError, advice)
     if found is None:
         raise TokenizerError(f"{folder}: holds no tokenizer, and its config.json names none; copy tokenizer.json there")
     tokenizer = load_tokenizer(found)
-    wanted = read_run_config(folder).get("tokenizer_hash")
+    hashed = read_run_config(folder).get("tokenizer_hash")
+    wanted = check_value(hashed, str | None, f"{path}: tokenizer_hash", CheckpointError, advice)
     if wanted is not None and tokenizer.hash != wanted:
         raise TokenizerError(
             f"{folder}: its tokenizer is not the one it was trained with ({wanted[:12]}); restore the file"
