@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from surgery.gpt_oss_folders import random_gpt_oss, save_hugging_face, save_openai
-from surgery.nanochat_folders import random_nanochat
+from surgery.nanochat_folders import own_metadata, own_tensors, random_nanochat, save_own
 from tools.test_harness_oracle import VOCABULARY, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +21,7 @@ from megatron_adamba.inference.modes import Mode
 from megatron_adamba.surgery.export_hf import export_by_blocks
 from megatron_adamba.surgery.import_gpt_oss import import_gpt_oss
 from megatron_adamba.surgery.import_hf import import_hugging_face
+from megatron_adamba.surgery.import_nanochat import import_nanochat
 from megatron_adamba.surgery.writing import write_job
 
 pytestmark = pytest.mark.oracle
@@ -197,3 +198,19 @@ def test_every_tokenizer_is_found_by_auto_tokenizer(kind, tmp_path):
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == theirs.bos_token_id == own.eod_id
     assert AutoModelForCausalLM.from_pretrained(back).generation_config.eos_token_id == own.eod_id
+
+
+def test_where_nanochats_own_code_ends_a_turn(tmp_path):
+    from tokenizers import Tokenizer
+
+    model = random_nanochat(vocab_size=SIZE + 4)
+    folder = save_own(tmp_path / "nanochat", own_tensors(model), own_metadata(model))
+    tokenizer = Tokenizer.from_file(str(make_tokenizer(tmp_path / "tokenizer.json")))
+    tokenizer.add_special_tokens(["<|bos|>", "<|user_start|>", "<|assistant_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ids = [tokenizer.token_to_id(name) for name in ("<|assistant_end|>", "<|bos|>")]
+    # the file, or the folder that holds it
+    for given in (tmp_path / "tokenizer.json", tmp_path):
+        job = import_nanochat(folder, tokenizer=given)
+        assert job.config["model"]["end_tokens"] == ids and job.files == [tmp_path / "tokenizer.json"]
+    assert import_nanochat(folder).config["model"]["end_tokens"] is None

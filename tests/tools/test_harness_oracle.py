@@ -144,6 +144,9 @@ def test_what_is_refused(both):
         ours().generate_until([ask("generate_until", "a", {"max_gen_toks": 24})])
     with pytest.raises(ConfigError, match=r"a continuation has .* tokens; give max_length="):
         ours().loglikelihood([ask("loglikelihood", "a", " →" * 30)])
+    for name in ("max_length", "width", "seed", "exit_threshold"):
+        with pytest.raises(ConfigError, match=f"--model_args {name}=x: must be a"):
+            ours(**{name: "x"})
     with pytest.raises(ConfigError, match="--model_args max_length 0: must be above 0"):
         ours(max_length=0)
     assert ours().loglikelihood([ask("loglikelihood", "", ""), ask("loglikelihood", "a", "")]) == [(0.0, True)] * 2

@@ -62,17 +62,18 @@ class AdambaLM(TemplateLM):
         if unknown := sorted(set(adaptive) - set(_ADAPTIVE)):
             known = "pretrained, mode, width, energy_price, dtype, batch_size, max_length, max_gen_toks, add_bos_token"
             raise ConfigError(f"--model_args {unknown[0]}: is not known; one of {known}, seed, {', '.join(_ADAPTIVE)}")
-        given = {name: _ADAPTIVE[name](value) for name, value in adaptive.items()}
-        self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
-        self._max_length, self._max_gen_toks = int(max_length), int(max_gen_toks)
+        given = {name: _converted(name, _ADAPTIVE[name], value) for name, value in adaptive.items()}
+        self.batch_size = 8 if str(batch_size).startswith("auto") else _converted("batch_size", int, batch_size)
+        self._max_length = _converted("max_length", int, max_length)
+        self._max_gen_toks = _converted("max_gen_toks", int, max_gen_toks)
         sizes = {"batch_size": self.batch_size, "max_length": self._max_length, "max_gen_toks": self._max_gen_toks}
         for name, value in sizes.items():
             positive(f"--model_args {name}", value)
         self.add_bos_token = add_bos_token
-        self.seed = torch.initial_seed() if seed is None else int(seed)
+        self.seed = torch.initial_seed() if seed is None else _converted("seed", int, seed)
         self.loaded = load_model(pretrained, dtype, _device(device))
-        price = None if energy_price is None else float(energy_price)
-        self.mode = Mode(mode, width if width is None else int(width), given, price)
+        price = None if energy_price is None else _converted("energy_price", float, energy_price)
+        self.mode = Mode(str(mode), None if width is None else _converted("width", int, width), given, price)
         # refuses at once what cannot be
         self.mode.policy(self.loaded, [self.eot_token_id])
 
@@ -200,6 +201,15 @@ class AdambaLM(TemplateLM):
         sampling = replace(Sampling(temperature, seed=seed), **own)
         stop = tuple(text for text in until if text)
         return GenerationRequest(prompt, self.mode.policy(self.loaded, prompt), most, sampling, stop)
+
+
+def _converted(name: str, kind: type, value: Any) -> Any:
+    """A model argument as what it has to be. Raises ConfigError."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        words = {int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"--model_args {name}={value}: must be {words}") from None
 
 
 def _device(name: str | None) -> torch.device | None:
