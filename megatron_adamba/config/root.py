@@ -92,7 +92,11 @@ def model_config_from_dict(values: dict[str, Any], source: str) -> ModelConfig:
 def read_run_config(folder: str | Path) -> StoredConfig:
     """`FOLDER/config.json`, which has a model section. Raises ConfigError."""
     path = Path(folder) / "config.json"
-    values = read_json(path, Any, ConfigError, "it cannot be read as JSON: give a folder that holds a checkpoint")
+    try:
+        values = read_json(path, Any, ConfigError, "")
+    except ConfigError as error:
+        why = str(error).removeprefix(f"{path}: ").rstrip("; ")
+        raise ConfigError(f"{path}: cannot be read as JSON ({why}); give a folder that holds a checkpoint") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ConfigError(f"{path}: has no `model` section; give a folder that holds a canonical checkpoint")
     return check_value(values, StoredConfig, str(path), ConfigError, "restore the file")

@@ -117,7 +117,7 @@ def micro_batch(step: int, number: int) -> dict[str, torch.Tensor]:
     tokens = torch.randint(0, VOCAB, (2, SEQ_LEN + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     # micro-batches differ much in what they score, and the step's loss is the mean over all of it
-    labels[torch.rand(labels.shape, generator=generator) < 0.2 + 0.2 * number] = -100
+    labels[torch.rand(labels.shape, generator=generator) < 0.1 + 0.1 * number] = -100
     starts = torch.rand(2, SEQ_LEN, generator=generator) < 0.15
     starts[:, 0] = False
     return {"tokens": tokens[:, :-1].contiguous(), "labels": labels, "seq_idx": starts.cumsum(1, dtype=torch.int32)}
@@ -368,13 +368,17 @@ def tapped_curve(info, arguments: dict[str, Any], stage: int = 1, **layout: Any)
     documents = torch.tensor([[0, 2]]).expand(2, 1, 2)
     request = TapRequest((0, 1, 3), torch.tensor([0, 5, 9]), documents)
     sampler, curve, states = PlanSampler(config.model, config.elastic, config.train.seed), [], []
+    numbers = range(MICRO_BATCHES)
     for step in range(3):
         session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
         report = session.train_step(
             MicroStep(
-                **micro_batch(step, number), plan=sampler.micro_batch_plan(step, number, MICRO_BATCHES), taps=request
+                **micro_batch(step, number),
+                plan=sampler.micro_batch_plan(step, number, MICRO_BATCHES),
+                taps=request,
+                share=share,
             )
-            for number in range(MICRO_BATCHES)
+            for number, share in zip(numbers, shares_of(step, numbers))
         )
         curve.append((report.losses.mean().item(), report.result.grad_norm))
         for taps in report.taps:

@@ -33,9 +33,10 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
         "surgery.py import hf",
         "surgery.py import nanochat",
     ),
+    "megatron_adamba/evaluation/report.py": ("plot_metrics.py",),
     "megatron_adamba/inference/": ("generate.py",),
     "megatron_adamba/inference/items.py": ("evaluate.py",),
-    "megatron_adamba/inference/serving/limits.py": ("serve.py",),
+    "megatron_adamba/inference/serving/": ("serve.py",),
     "megatron_adamba/checkpoint/offline.py": ("checkpoint.py convert",),
     "megatron_adamba/surgery/canonical_source.py": (),
     "megatron_adamba/surgery/expand": ("surgery.py expand",),
@@ -66,8 +67,8 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
 }
 """which commands print the messages of a room or file, the longest beginning counting; a script prints its own, and
 what is not here is reached by a run alone, or names flags of a run, which `run_script` turns into settings elsewhere"""
-IGNORED = ("tools/benchmark", "megatron_adamba/engine/ds_schema.py")
-"""benchmarks call programs; the table of what DeepSpeed knows is no message"""
+IGNORED = ("tools/benchmark", "megatron_adamba/engine/ds_schema.py", "tools/inference_commands/harness.py")
+"""benchmarks call programs, and the harness has a command line of its own; the table of what DeepSpeed knows is no message"""
 
 
 class _Captured(Exception):
