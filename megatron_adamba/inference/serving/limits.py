@@ -35,8 +35,8 @@ class ServerLimits:
 
     @property
     def share(self) -> int:
-        """Sequences of one client that may wait."""
-        return min(max(self.queue // 2, self.choices), self.queue)
+        """Sequences of one client that may wait: those of one request, and never the last place."""
+        return max(min(max(self.queue // 2, self.choices), self.queue - 1), 1)
 
     def check(self) -> None:
         """Raises ConfigError."""
