@@ -129,7 +129,7 @@ def _byte_pairs(ranks: dict[bytes, int], pattern: str | None) -> Any:
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     if pattern is not None:
         # a possessive quantifier is another thing in the library's dialect; here a plain one gives the same pieces
-        plain = re.sub(r"([*+?}])\+", r"\1", pattern)
+        plain = re.sub(r"([*+?]|\{\d*,?\d*\})\+", r"\1", pattern)
         steps.insert(0, pre_tokenizers.Split(Regex(plain), behavior="isolated"))
     made.pre_tokenizer = pre_tokenizers.Sequence(steps)
     made.decoder = decoders.ByteLevel()

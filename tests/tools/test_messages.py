@@ -60,6 +60,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
     "tools/surgery_commands/compare.py": ("surgery.py compare",),
     "tools/surgery_commands/expand.py": ("surgery.py expand",),
     "tools/surgery_commands/extract.py": ("surgery.py extract",),
+    "tools/surgery_commands/graft.py": ("surgery.py graft",),
     "tools/surgery_commands/jobs.py": ("surgery.py extract", "surgery.py graft", "surgery.py import hf"),
     "tools/surgery_commands/merge_average.py": ("surgery.py merge-average",),
     "tools/surgery_commands/published.py": ("surgery.py import gpt-oss", "surgery.py import nanochat"),
@@ -68,7 +69,7 @@ PRINTED_BY: dict[str, tuple[str, ...]] = {
 """which commands print the messages of a room or file, the longest beginning counting; a script prints its own, and
 what is not here is reached by a run alone, or names flags of a run, which `run_script` turns into settings elsewhere"""
 IGNORED = ("tools/benchmark", "megatron_adamba/engine/ds_schema.py", "tools/inference_commands/harness.py")
-"""benchmarks call programs, and the harness has a command line of its own; the table of what DeepSpeed knows is no message"""
+"""benchmarks call programs, the harness has a command line of its own, and what DeepSpeed knows is no message"""
 
 
 class _Captured(Exception):
