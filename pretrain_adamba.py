@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED, leave
-from megatron_adamba.engine.environment import first_rank
+from megatron_adamba.engine.environment import first_rank, tells_for_others
 from megatron_adamba.errors import AdambaError
 from megatron_adamba.files import as_storage_error
 
@@ -26,17 +26,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    first = first_rank()
     try:
         parsed = parse_arguments(argv)
         return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
     except AdambaError as error:
-        return fail(error, first)
+        return fail(error, first_rank() or tells_for_others(str(error)))
     except OSError as error:
         found = as_storage_error(error, str(error.filename or "writing"))
         if found is None:
             raise
-        return fail(found, first)
+        return fail(found, first_rank() or tells_for_others(str(found)))
     except KeyboardInterrupt:
         return INTERRUPTED
 

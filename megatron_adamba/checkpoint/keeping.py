@@ -57,14 +57,18 @@ def run_id_of(folder: Path) -> str | None:
     return None
 
 
+def bring_back(root: Path) -> None:
+    """Give checkpoints their names again that a process was killed over, between the two renames that replace one."""
+    for replaced in root.glob(f"step-*{_REPLACED}"):
+        final = root / replaced.name.removesuffix(_REPLACED)
+        if step_of(final) is not None and not final.exists():
+            replaced.rename(final)
+
+
 def make_room(root: Path, step: int) -> Path:
     """An empty folder to write a checkpoint into; what a killed process left of one on its way is taken away."""
     root.mkdir(parents=True, exist_ok=True)
-    for replaced in root.glob(f"step-*{_REPLACED}"):
-        final = root / replaced.name.removesuffix(_REPLACED)
-        if not final.exists():
-            # the process was killed between two renames
-            replaced.rename(final)
+    bring_back(root)
     for stale in root.glob("step-*.tmp"):
         if _ON_ITS_WAY.fullmatch(stale.name):
             shutil.rmtree(stale, ignore_errors=True)

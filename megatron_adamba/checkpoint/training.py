@@ -152,10 +152,14 @@ def latest_checkpoint(root: Path) -> Path | None:
 
     Raises CheckpointError where `latest` is damaged, and where there are checkpoints and none is complete.
     """
+    if (root.exists() or root.is_symlink()) and not root.is_dir():
+        raise CheckpointError(f"{root}: is no folder, or a link to one that is not there; bring it back, or delete it")
     pointer, complete = root / LATEST, complete_folders(root)
     way_out = f"give --resume {complete[-1] if complete else 'FOLDER'}, or delete it: the newest complete one counts"
     name = None
     if pointer.exists() or pointer.is_symlink():
+        if pointer.exists() and not pointer.is_file() and not pointer.is_dir():
+            raise CheckpointError(f"{pointer}: is no regular file; {way_out}")
         try:
             name = pointer.read_text().strip()
         except OSError as error:
@@ -188,12 +192,15 @@ def verify_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, or no file; use an earlier checkpoint")
-        if path.stat().st_size != listed[name]["bytes"]:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes of {listed[name]['bytes']}; use an earlier checkpoint"
-            )
-        if _fingerprint(path) != listed[name]:
-            raise CheckpointError(f"{path}: damaged (checksum differs); use an earlier checkpoint")
+        try:
+            if path.stat().st_size != listed[name]["bytes"]:
+                raise CheckpointError(
+                    f"{path}: {path.stat().st_size} bytes of {listed[name]['bytes']}; use an earlier checkpoint"
+                )
+            if _fingerprint(path) != listed[name]:
+                raise CheckpointError(f"{path}: damaged (checksum differs); use an earlier checkpoint")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); use an earlier checkpoint") from None
 
 
 def read_files(folder: Path) -> Files:

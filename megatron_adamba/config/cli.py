@@ -21,6 +21,8 @@ from megatron_adamba.errors import ConfigError
 from megatron_adamba.schema import read_regular
 
 _DEPTH = "depth"
+_DEEPEST = 500
+"""brackets of a word; the parser of lists goes down without end"""
 _INIT_FROM = "checkpoint.init_from"
 _OF_GATES = (
     "gates.target",
@@ -180,6 +182,10 @@ def _check_flags(argv: Sequence[str], parser: ArgumentParser, known: list[str]) 
     flags = {option for action in parser._actions for option in action.option_strings} | {f"--{key}" for key in known}
     sections = {section.name for section in dataclasses.fields(AdambaConfig)}
     for word in argv:
+        if word.count("[") + word.count("{") > _DEEPEST:
+            raise ConfigError(
+                f"{word[:40]}...: has more than {_DEEPEST} brackets; write the values into a --config file"
+            )
         name = word.split("=", 1)[0]
         if not name.startswith("--") or name in flags:
             continue

@@ -69,9 +69,9 @@ def _check_sections(values: dict[str, Any], source: str) -> None:
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ConfigError(f"{source}: zero_optimization.stage {zero['stage']!r} must be 0, 1, 2 or 3; for example 1")
     for key in ("offload_optimizer", "offload_param"):
-        if not isinstance(zero.get(key, {}), dict):
+        if zero.get(key) is not None and not isinstance(zero[key], dict):
             raise ConfigError(f'{source}: {key} must be an object, for example {{"device": "cpu"}}')
-        if zero.get(key, {}).get("device", "none") not in ("none", "cpu"):
+        if (zero.get(key) or {}).get("device", "none") not in ("none", "cpu"):
             raise ConfigError(f'{source}: {key}.device {zero[key]["device"]!r} is not supported; use "cpu"')
 
 
@@ -81,7 +81,7 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
 
 def offload_enabled(ds_config: dict[str, Any]) -> bool:
     zero = ds_config.get("zero_optimization", {})
-    return any(zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+    return any((zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
 
 
 def bf16_enabled(ds_config: dict[str, Any]) -> bool:

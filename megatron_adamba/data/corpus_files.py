@@ -158,13 +158,17 @@ def _kind(name: str, head: bytes, key: str) -> str:
     text = head[mark:].decode(encoding, errors="replace").lstrip()
     lines = [line for line in text.split("\n") if line.strip()]
     if len(head) == HEAD:
-        lines.pop()  # cut off somewhere
+        cut = lines.pop()  # off somewhere
+        if not lines and suffix != ".json" and cut.startswith("{") and json.dumps(key) in cut:
+            return "lines"
     if suffix in JSON_LINES_SUFFIXES:
         return "json" if text.startswith("[") else "lines"
     records = [_parsed(line) for line in lines[:2]]
     if suffix == ".json":
         return "lines" if len(lines) > 1 and isinstance(records[0], dict) else "json"
-    if records and all(isinstance(found, dict) and isinstance(found.get(key), str) for found in records):
+    # two objects in a row are no prose, whatever their keys
+    objects = bool(records) and all(isinstance(found, dict) for found in records)
+    if objects and (len(records) > 1 or isinstance(records[0].get(key), str)):
         return "lines"
     opens_records = text.startswith("[") and text[1:].lstrip().startswith("{") and json.dumps(key) in text
     return "json or text" if opens_records else "text"

@@ -63,6 +63,7 @@ class HuggingFaceTokenizer:
         note = TokenizerNote.beside(path)
         with library_failures(f"{where}: not a Hugging Face tokenizer.json ({{reason}})"):
             tokenizer = Tokenizer.from_buffer(content)
+            content = _without_calls(tokenizer, content)
             largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not 0 <= largest < MOST_IDS:
             raise TokenizerError(f"{where}: its largest id is {largest}; ids from 0 to {MOST_IDS - 1} are read")
@@ -128,6 +129,15 @@ def keep_vocabulary_alone(tokenizer: tokenizers.Tokenizer, eod_token: str) -> to
     tokenizer.add_special_tokens([AddedToken(eod_token, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _without_calls(tokenizer: tokenizers.Tokenizer, content: bytes) -> bytes:
+    """The file without the truncation and padding of somebody's last call, so that one tokenizer has one hash."""
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return content
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer.to_str(pretty=True).encode()
 
 
 def _usual_eod_token(tokenizer: tokenizers.Tokenizer) -> str | None:

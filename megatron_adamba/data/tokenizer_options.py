@@ -19,7 +19,9 @@ MOST_IDS = 1 << 24
 """ids that a vocabulary may have: sixty times the largest one published"""
 LARGEST_FILE = 1 << 28
 """bytes of a tokenizer file"""
-PROBE = "In 2024, (a+b)*c:\n\t\u00e9t\u00e9 \u4f60\u597d \U0001f600\r\n  'll e\u0301\u200b\x7f 1234567"
+PROBE = (
+    "In 2024, (a+b)*c:\n\t\u00e9t\u00e9 \u4f60\u597d \U0001f600\r\n  'll e\u0301\u200b\x7f 1234567 $5 ^2 \ue000 \u20ac"
+)
 """text of every kind of character, which each tokenizer is tried on before it is trusted"""
 
 TokenId = Annotated[int, Field(ge=0, lt=MOST_IDS)]

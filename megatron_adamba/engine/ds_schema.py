@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -34,9 +35,28 @@ _NOT_USED = {
     "hybrid_engine": None,
     "autotuning": None,
     "weight_quantization": None,
+    "torch_autocast": None,
     "datastates_config": None,
 }
 """sections that DeepSpeed knows and that nothing reads here: what is set instead"""
+_ALONE = {
+    ("zero_allow_untested_optimizer",): True,
+    ("zero_force_ds_cpu_optimizer",): False,
+    ("bf16", "check_grad_overflow"): False,
+    ("bf16", "bf16_master_weights_and_grads"): False,
+    ("bf16", "bf16_optimizer_states"): False,
+    ("bf16", "immediate_grad_update"): False,
+    ("zero_optimization", "offload_optimizer", "ratio"): 1,
+    ("zero_optimization", "offload_optimizer", "super_offload"): False,
+    ("zero_optimization", "zenflow"): None,
+    ("zero_optimization", "zero_quantized_weights"): False,
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): False,
+    ("zero_optimization", "zero_quantized_gradients"): False,
+    ("zero_optimization", "zero_hpz_partition_size"): 1,
+    ("managed_gradient_accumulation",): True,
+    ("gradient_allreduce_op",): "mean",
+}
+"""what a run needs, or was never tried without: the one value that may stand there"""
 _SECTIONS = {
     "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
     "bf16": ("deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
@@ -66,6 +86,9 @@ _PLAIN: dict[str, Any] = {
     "disable_allgather": bool,
     "disable_python_gc": bool,
     "dataloader_drop_last": bool,
+    "managed_gradient_accumulation": bool,
+    "gradient_allreduce_op": Literal["mean", "sum"],
+    "use_data_before_expert_parallelism": bool,
     "log_level": _Name,
     "zero_allow_untested_optimizer": bool,
     "zero_force_ds_cpu_optimizer": bool,
@@ -74,7 +97,6 @@ _PLAIN: dict[str, Any] = {
 }
 _SMALL: dict[str, dict[str, Any]] = {
     "data_types": {"grad_accum_dtype": _Dtype | None},
-    "torch_autocast": {"enabled": bool, "dtype": _Dtype, "lower_precision_safe_modules": list[str]},
     "flops_profiler": {
         "enabled": bool,
         "recompute_fwd_factor": Annotated[float, Field(ge=0)],
@@ -112,7 +134,20 @@ def check_ds_config(values: dict[str, Any], source: str) -> None:
         _schema().model_validate(_whole_numbers(values))
     except ValidationError as failure:
         raise ConfigError(f"{source}: {_described(failure, values)}") from None
+    _refuse_other_values(values, source)
     _ask_deepspeed(values, source)
+
+
+def _refuse_other_values(values: dict[str, Any], source: str) -> None:
+    for place, only in _ALONE.items():
+        found: Any = values
+        for part in place:
+            found = found.get(part, only) if isinstance(found, dict) else only
+        if found != only:
+            name, shown, wanted = ".".join(place), json.dumps(found)[:60], json.dumps(only)
+            raise ConfigError(f"{source}: {name} {shown}: is not supported here; write {wanted}, or leave it out")
+    if values.get("wandb", {}).get("enabled") and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"{source}: wandb.enabled true: wandb is not installed; pip install wandb, or write false")
 
 
 def _refuse_removed(values: dict[str, Any], source: str) -> None:

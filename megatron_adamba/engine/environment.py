@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
+import tempfile
+import time
 import zlib
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 from megatron_adamba.errors import ConfigError
 
@@ -24,28 +28,45 @@ _FIRST_PORT, _PORTS = 15000, 14000
 
 
 def first_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is the process that speaks for all, as far as can be told before anything is checked."""
-    for name in ("RANK", *(names[0] for names in _MPI), "SLURM_PROCID"):
-        if environment.get(name):
-            return environment[name].strip() == "0"
-    return True
+    """Whether this is the process that speaks for all; where its variables are wrong, each speaks for itself."""
+    env = dict(environment)
+    try:
+        complete_environment(env, quiet=True)
+    except ConfigError:
+        return True
+    return env["RANK"].strip() == "0"
 
 
-def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
+def tells_for_others(text: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a rank that is not the first one says what it failed for, before the ranks know of each other: the first
+    process of the job on this machine does for which nobody has said the same."""
+    # the first rank, where it fails alike, has the word
+    time.sleep(1)
+    job = f"{os.getuid()} {os.getppid()} {environment.get('MASTER_PORT')} {text}"
+    try:
+        with open(Path(tempfile.gettempdir()) / f"adamba-{zlib.crc32(job.encode()):08x}", "x"):
+            return True
+    except OSError:
+        return False
+
+
+def complete_environment(env: MutableMapping[str, str] = os.environ, quiet: bool = False) -> None:
     """Fill RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the launcher did not; an empty variable
     counts as none. Raises ConfigError naming a variable that is no number, or contradicts another."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name, "x").strip():
             del env[name]
     mpi = next((names for names in _MPI if env.get(names[0]) and env.get(names[1])), None)
+    # SLURM's own plugin for MPI sets PMI's variables, too; Open MPI's mpirun starts its daemons by srun
+    step = any(env.get(name) for name in _STEP)
     if "RANK" in env and "WORLD_SIZE" in env:
         env.setdefault("LOCAL_RANK", env["RANK"])
-    elif mpi is not None and _number(env, mpi[1]) > 1:
+    elif mpi is not None and _number(env, mpi[1]) > 1 and not (step and mpi is not _MPI[0]):
         _from_mpi(env, *mpi)
-    elif any(env.get(name) for name in _STEP) and _slurm_tasks(env) > 1 and env.get("SLURM_PROCID"):
+    elif step and _slurm_tasks(env) > 1 and env.get("SLURM_PROCID"):
         _from_slurm(env)
     else:
-        _alone(env)
+        _alone(env, quiet)
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", str(_port_of_job(env)))
     rank, ranks = _number(env, "RANK"), _number(env, "WORLD_SIZE")
@@ -59,7 +80,7 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
 def _from_mpi(env: MutableMapping[str, str], rank: str, ranks: str, local_rank: str, local_ranks: str) -> None:
     env["RANK"], env["WORLD_SIZE"] = env[rank], env[ranks]
     env["LOCAL_RANK"] = env.get(local_rank) or env[rank]
-    if "MASTER_ADDR" not in env and (env.get(local_ranks) or env[ranks]) != env[ranks]:
+    if "MASTER_ADDR" not in env and env.get(local_ranks) != env[ranks]:
         raise ConfigError(
             "MASTER_ADDR: is not set, and mpirun does not tell where the first rank runs; start with "
             "mpirun -x MASTER_ADDR=$(hostname) ..."
@@ -73,8 +94,8 @@ def _from_slurm(env: MutableMapping[str, str]) -> None:
         env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "127.0.0.1")
 
 
-def _alone(env: MutableMapping[str, str]) -> None:
-    if env.get("SLURM_NTASKS") and _number(env, "SLURM_NTASKS") > 1:
+def _alone(env: MutableMapping[str, str], quiet: bool) -> None:
+    if not quiet and env.get("SLURM_NTASKS") and _number(env, "SLURM_NTASKS") > 1:
         print(
             f"WARNING: the allocation has {env['SLURM_NTASKS']} tasks, and this process was not started by srun: it "
             f"runs alone; srun python pretrain_adamba.py ... runs them all",
@@ -104,13 +125,9 @@ def _port_of_job(env: Mapping[str, str]) -> int:
 
 
 def first_host(node_list: str) -> str:
-    """First name of a SLURM node list: `node[03-07,12]` gives node03."""
-    head, bracket, rest = node_list.partition("[")
-    if not bracket:
-        return node_list.split(",")[0]
-    if "," in head:
-        return head.split(",")[0]
-    return head + rest.rstrip("]").split(",")[0].split("-")[0]
+    """First name of a SLURM node list: `node[03-07,12]` gives node03, `rack[1-2]n[1,4]-ib` rack1n1-ib."""
+    first = re.match(r"(?:\[[^]]*\]|[^,\[])*", node_list)[0]
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
 
 
 def _free_port() -> int:

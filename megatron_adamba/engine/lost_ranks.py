@@ -111,7 +111,7 @@ def lost_ranks_named(info: RankInfo, note: FailureNote | None = None) -> Iterato
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        if isinstance(error, AdambaError) or not _is_lost_connection(error):
+        if isinstance(error, AdambaError) or info.world_size == 1 or not _is_lost_connection(error):
             raise
         logging.getLogger("megatron_adamba").error("lost a connection", exc_info=error)
         raise _explained(info, board, note) from None
@@ -119,7 +119,7 @@ def lost_ranks_named(info: RankInfo, note: FailureNote | None = None) -> Iterato
 
 def _is_lost_connection(error: BaseException) -> bool:
     text = str(error)
-    marks = ("gloo/transport", "Connection closed by", "Connection reset by", "ncclRemote", "Timed out", "timed out")
+    marks = ("gloo/transport", "Connection closed by", "Connection reset by", "ncclRemote", "collective operation time")
     return isinstance(error, dist.DistNetworkError) or any(mark in text for mark in marks)
 
 

@@ -73,13 +73,21 @@ def _first_whole(candidates: Sequence[Path]) -> tuple[Path, list[str]]:
     share, failures = (dist.get_rank(), dist.get_world_size()), []
     for folder in candidates:
         try:
-            together(lambda folder=folder: verify_files(folder, share))
+            together(lambda folder=folder: _check_whole(folder, share))
         except CheckpointError as error:
             failures.append(error)
             continue
         passed = [f"WARNING: passed over {path}: {error}" for path, error in zip(candidates, failures)]
         return folder, passed
     raise failures[0]
+
+
+def _check_whole(folder: Path, share: tuple[int, int]) -> None:
+    """Raises CheckpointError where a file is damaged, or the state is of no run."""
+    verify_files(folder, share)
+    state = read_state(folder)
+    if "config" not in state or not {"step", "consumed_samples", "optimizer_steps"} <= set(state.get("counters", {})):
+        raise CheckpointError(f"{folder / STATE_FILE}: damaged (no config or no counters); use an earlier checkpoint")
 
 
 def _load(run: Run, folder: Path, state: dict[str, Any], counters: dict[str, Any]) -> list[str]:
@@ -121,9 +129,6 @@ def _check_order(run: Run, state: dict[str, Any], folder: Path, counters: dict[s
 
 def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
     state = read_state(folder)
-    counters = state.get("counters", {})
-    if "config" not in state or not {"step", "consumed_samples", "optimizer_steps"} <= set(counters):
-        raise CheckpointError(f"{folder / STATE_FILE}: damaged (no config or no counters); use an earlier checkpoint")
     ours, theirs = run.plan.config.to_dict()["model"], state["config"]["model"]
     if not theirs.get("gate_size"):
         theirs = theirs | {"gate_size": ours["gate_size"]}

@@ -89,6 +89,9 @@ def _cut_back(path: Path, first_step: int, final: bool) -> None:
             # a finished run that is started again evaluates its last step once more
             keep = record.keys().isdisjoint(("eval_width", "eval_exit"))
         (kept if keep else aside).append(line + b"\n")
+    if not aside and path.read_bytes()[-1:] not in (b"", b"\n"):
+        # a line that was cut right before its end
+        write_atomically(path, b"".join(kept))
     if aside:
         with open(path.with_name(SET_ASIDE), "ab") as stream:
             stream.writelines(aside)

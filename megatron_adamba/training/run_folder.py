@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.engine.lost_ranks import FailureNote
-from megatron_adamba.errors import AdambaError
+from megatron_adamba.errors import AdambaError, ConfigError
 from megatron_adamba.training.run_lock import RunLock
 
 
@@ -48,6 +48,9 @@ class RunFolder:
         if self.rank == 0:
             self._lock.acquire()
             FailureNote(self.path).clear()
+            for name in ("metrics.jsonl", "metrics-set-aside.jsonl"):
+                if (self.path / name).is_dir():
+                    raise ConfigError(f"--logging.run_dir {self.path}: {name} there is a folder; give another one")
         # on a machine of its own, where the folder may be another one
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
 

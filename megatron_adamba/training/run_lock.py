@@ -94,6 +94,8 @@ class RunLock:
             before, owner = owner, self._read()
             if owner is not None and (owner.key, owner.beats) != (before.key, before.beats):
                 self._refuse(owner)
+        if owner is None and self.path.is_symlink():
+            raise ConfigError(f"{self.path}: is a link to nothing; {_ADVICE}")
         if owner is None:
             return
         if owner.gone is False:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import read_history
-from megatron_adamba.checkpoint.keeping import complete_folders, step_folders, step_of
+from megatron_adamba.checkpoint.keeping import bring_back, complete_folders, run_id_of, step_folders, step_of
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
 from megatron_adamba.checkpoint.training import latest_checkpoint, together
 from megatron_adamba.config.root import AdambaConfig, read_run_config
@@ -32,14 +32,18 @@ def find_resume(config: AdambaConfig) -> list[Path]:
     there is nothing to go on from, ConfigError where a run would write over what another one left.
     """
     wanted, root = config.checkpoint.resume, checkpoint_root(config)
+    bring_back(root)
     if wanted == "auto":
         latest = latest_checkpoint(root)
         if latest is None:
+            _refuse_finished(config)
             return []
         rest = [path for path in reversed(complete_folders(root)) if path != latest]
         return [latest, *sorted(rest, key=lambda path: step_of(path) > step_of(latest))]
     held = step_folders(root)
     if wanted == "never":
+        latest_checkpoint(root)
+        _refuse_finished(config)
         if held:
             raise ConfigError(f"{_held(config)}; go on with --resume auto, or give another folder, {_another(config)}")
         return []
@@ -57,6 +61,17 @@ def find_resume(config: AdambaConfig) -> list[Path]:
 def in_own_root(config: AdambaConfig, folder: Path) -> bool:
     """Whether a checkpoint lies in the run's own folder."""
     return folder.resolve().parent == checkpoint_root(config).resolve()
+
+
+def _refuse_finished(config: AdambaConfig) -> None:
+    """A folder with a run's model and metrics and no checkpoint has lost them: that is no fresh start."""
+    folder = Path(config.logging.run_dir)
+    if run_id_of(folder / "model") is not None and (folder / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"--logging.run_dir {folder}: holds the model and the metrics of a run that has ended, and none of its "
+            f"checkpoints; start another one from its model with --checkpoint.init_from {folder / 'model'}, "
+            f"{_another(config)}"
+        )
 
 
 def _held(config: AdambaConfig) -> str:

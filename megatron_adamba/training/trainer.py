@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
-from megatron_adamba.checkpoint.keeping import checkpoint_name, complete_folders
+from megatron_adamba.checkpoint.keeping import checkpoint_name, complete_folders, step_of
 from megatron_adamba.checkpoint.training import together
 from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
 from megatron_adamba.data.packed import UNSCORED
@@ -100,7 +100,11 @@ class Trainer:
                     while self.counters["step"] < steps:
                         self._one_step(batches, writer, view)
                         self._after_step(writer)
-                self.sound_counters = dict(self.counters)
+                if streak := self.counters["skipped_in_a_row"]:
+                    self._say(
+                        f"WARNING: the last {streak} steps were not finite and left out: the model is that of step "
+                        f"{self.sound_counters['step']}"
+                    )
                 saved = self._save()
                 rows = self.evaluate(writer)
                 write_final_model(self.run, saved)
@@ -333,11 +337,13 @@ class Trainer:
         names = [spec.name for spec in self.run.plan.specs]
         name = first_bad_tensor(self.session.module, names, run_batch)
         self.saver.finish()
-        kept = complete_folders(checkpoint_root(self.config))
+        # the step right before the streak is the one that led into it
+        before = self.sound_counters["step"]
+        kept = [path for path in complete_folders(checkpoint_root(self.config)) if step_of(path) < before]
         raise NonFiniteError(
             f"loss or gradient not finite in {self.counters['skipped_in_a_row']} steps in a row, up to step "
             f"{self.counters['step']}; first bad tensor: {name}; going on unchanged would end here again: try "
-            f"{way_on(kept, self.config.optimizer)}"
+            f"{way_on(kept, self.config.optimizer, self.config.logging.run_dir)}"
         )
 
     def evaluate(self, writer: MetricsWriter | None) -> list[EvaluationRow]:

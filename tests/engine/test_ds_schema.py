@@ -99,6 +99,11 @@ def at(path: str, value):
         ("activation_checkpointing", {}, "--train.activation_checkpointing"),
         ("tensor_parallel", {"autotp_size": 2}, "--parallel.tp"),
         ("wandb.enabled", "auto", "wandb.enabled"),
+        ("torch_autocast", {"enabled": True, "dtype": "bf16"}, "torch_autocast"),
+        ("bf16.bf16_master_weights_and_grads", True, "bf16.bf16_master_weights_and_grads true: is not supported"),
+        ("zero_optimization.offload_optimizer.ratio", 0.3, "ratio 0.3: is not supported here; write 1"),
+        ("zero_optimization.zero_quantized_weights", True, "zero_quantized_weights"),
+        ("zero_allow_untested_optimizer", False, "zero_allow_untested_optimizer false"),
         ("gradient_clipping", "1.0", "gradient_clipping"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_adamba.engine.environment import complete_environment, first_rank
+from megatron_adamba.engine.environment import complete_environment, first_host, first_rank
 from megatron_adamba.errors import ConfigError
 
 BATCH = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_NODELIST": "node[1-8]"}
@@ -40,6 +40,10 @@ def test_open_mpi_and_mpich():
     assert completed(**STEP | OPEN_MPI) == ("3", "4", "3", "127.0.0.1")
     with pytest.raises(ConfigError, match="mpirun -x MASTER_ADDR"):
         completed(**OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    # srun --mpi=pmi2 sets PMI's variables beside its own
+    by_slurm = STEP | {"PMI_RANK": "5", "PMI_SIZE": "8"}
+    assert completed(**by_slurm) == ("5", "8", "1", "node3")
+    assert first_rank({"RANK": "1"}) and not first_rank({"RANK": "1", "WORLD_SIZE": "2"})
     assert not first_rank(OPEN_MPI) and first_rank(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
 
 
@@ -84,3 +88,11 @@ def test_jobs_of_one_machine_have_ports_of_their_own():
     env = STEP | {"MASTER_PORT": "4711"}
     complete_environment(env)
     assert env["MASTER_PORT"] == "4711"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("rack[1-2]node[03-04]", "rack1node03"), ("node[03-04]-ib", "node03-ib"), ("a,b[1-2]", "a"), ("n[7]", "n7")],
+)
+def test_first_hosts_of_lists_with_more_than_one_bracket(nodes, first):
+    assert first_host(nodes) == first

@@ -59,11 +59,26 @@ def test_a_signal_inside_a_streak_saves_the_last_good_step(data, tmp_path):
 
 def test_the_way_on_names_what_can_work(tmp_path):
     kept = [tmp_path / "step-00000100", tmp_path / "step-00000200"]
-    assert way_on(kept, OptimizerConfig(lr=4e-4)) == f"--resume {kept[0]} --optimizer.lr 0.0002"
-    assert way_on([], OptimizerConfig(lr=1e30)) == "a fresh start with --optimizer.lr 0.001"
-    assert way_on(kept, OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02)).endswith(
-        "--optimizer.lr 0.0005 --optimizer.muon_lr 0.01"
+    assert way_on(kept, OptimizerConfig(lr=4e-4), "runs/a") == f"--resume {kept[0]} --optimizer.lr 0.0002"
+    fresh = way_on([], OptimizerConfig(lr=1e30), "runs/a")
+    assert fresh == "a fresh start with --logging.run_dir runs/a-2 --optimizer.lr 0.001"
+    muon = OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02, vector_lr=1e30, embedding_lr=0.2)
+    assert way_on(kept, muon, "runs/a").endswith(
+        "--optimizer.lr 0.0005 --optimizer.muon_lr 0.01 --optimizer.embedding_lr 0.1 --optimizer.vector_lr 0.001"
     )
+
+
+def test_a_run_that_ends_in_a_streak_keeps_its_good_checkpoint(data, tmp_path):
+    run = tmp_path / "run"
+    blown = {"optimizer__lr": "1e25", "optimizer__warmup_steps": 0, "train__nonfinite_patience": 50}
+    words = arguments(data, run, train__steps=5, checkpoint__interval=1, checkpoint__keep_last=1, **blown)
+    done = train(1, words, check=False)
+    assert done.returncode == 0 and "steps were not finite and left out" in done.stdout
+    kept = [path.name for path in (run / "checkpoints").glob("step-*")]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    good = max(record["step"] for record in steps if not record["skipped"])
+    assert kept == [f"step-{good:08}"]
 
 
 def test_a_run_that_guesses_is_told():
