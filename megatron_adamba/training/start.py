@@ -42,10 +42,10 @@ def find_resume(config: AdambaConfig) -> list[Path]:
         return [latest, *sorted(rest, key=lambda path: step_of(path) > step_of(latest))]
     held = step_folders(root)
     if wanted == "never":
-        latest_checkpoint(root)
-        _refuse_finished(config)
         if held:
             raise ConfigError(f"{_held(config)}; go on with --resume auto, or give another folder, {_another(config)}")
+        latest_checkpoint(root)
+        _refuse_finished(config)
         return []
     folder = Path(wanted)
     if not folder.is_dir():
