@@ -70,12 +70,15 @@ class ItemResult:
 def read_items(path: Path, tokenizer: Tokenizer) -> list[Item]:
     """Lines of {"prompt", "answer"}. Raises DataError."""
     advice = 'give lines of {"prompt": "...", "answer": "..."}'
-    items, encoded = [], lambda text: tokenizer.encode(clean_text(text))
+    items = []
     for number, line in enumerate(read_regular(path, DataError, advice).splitlines(), 1):
-        values = parse_json(line, JsonObject, f"--items {path}: line {number}", DataError, advice)
-        texts = [values.get(name) for name in ("prompt", "answer")]
-        prompt, answer = check_value(texts, list[str], f"--items {path}: line {number}", DataError, advice)
-        items.append(Item((tokenizer.eod_id, *encoded(prompt)), (*encoded(answer), tokenizer.eod_id)))
+        where = f"--items {path}: line {number}"
+        values = parse_json(line, JsonObject, where, DataError, advice)
+        texts = [
+            check_value(values.get(name), str, f"{where}: {name}", DataError, advice) for name in ("prompt", "answer")
+        ]
+        prompt, answer = (tokenizer.encode(clean_text(text)) for text in texts)
+        items.append(Item((tokenizer.eod_id, *prompt), (*answer, tokenizer.eod_id)))
     if not items:
         raise DataError(f"--items {path}: holds no items")
     return items

@@ -62,12 +62,12 @@ def test_a_conversation_on_the_page(loaded, visit):
         count = min(LIMITS.new_tokens, LIMITS.context - len(transcript.encode()) - 1)
         text, news = alone(loaded, transcript, count, mode, stop=("\nUser:",))
         shown = answered["tokens"]
-        assert "".join(token["text"] for token in shown) == text and len(shown) == len(news)
+        assert "".join(token["text"] for token in shown) == text.strip() and len(shown) == len(news)
         assert [int(token["exitLayer"]) for token in shown] == [new.exit_layer for new in news]
         assert all(token["title"].startswith(f"width {token['width']}, left behind block ") for token in shown)
         assert answered["total"].startswith(f"{len(news)} tokens, ") and all(token["colour"] for token in shown)
         layers |= {new.exit_layer for new in news}
-        transcript += f" {text.strip(BLANKS)}\n"
+        transcript += f" {text.strip().strip(BLANKS)}\n"
     assert layers
 
 

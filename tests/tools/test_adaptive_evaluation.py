@@ -224,8 +224,8 @@ def test_items_from_a_file(tool, checkpoint, tmp_path):  # noqa: F811
     ("content", "message"),
     [
         ("", "holds no items"),
-        ("[1]\n", "line 1 is no object with prompt and answer"),
-        ('{"prompt": "a"}\n', "line 1 is no object with prompt and answer"),
+        ("[1]\n", "line 1: damaged (Input should be an object)"),
+        ('{"prompt": "a"}\n', "line 1: answer: damaged"),
         ("{", "--items"),
     ],
 )

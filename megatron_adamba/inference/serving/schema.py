@@ -15,8 +15,16 @@ MOST_STOPS, LONGEST_STOP = 4, 1000
 """strings, as OpenAI has it, and characters of one: all are looked for behind every token"""
 
 Cleaned = Annotated[str, AfterValidator(clean_text)]
-# with halves of pairs it is in no text, and must not become the U+FFFD that may be
-Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+
+
+def _short(text: str) -> str:
+    if len(text) > LONGEST_STOP:
+        raise ValueError(f"must have at most {LONGEST_STOP} characters")
+    return text
+
+
+# one with halves of pairs is in no text, and must not become the U+FFFD that may be
+Stop = Annotated[str, AfterValidator(_short)]
 # a body of wrong items would make as many complaints
 Strings = Annotated[list[Cleaned], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
