@@ -19,7 +19,7 @@ _NOTES = ("_", "unsloth_", "transformers.js_")
 """beginnings of keys that converters write for themselves"""
 _OF_ALL_MODELS = frozenset(
     (
-        "auto_map", "base_model_name_or_path", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
+        "base_model_name_or_path", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id",
         "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "is_decoder", "label2id",
         "license", "model_name", "name_or_path", "output_attentions", "output_hidden_states", "pad_token_id",
         "prefix", "pretraining_tp", "problem_type", "return_dict", "sep_token_id", "task_specific_params",
