@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,15 +34,35 @@ def alive(process: int) -> bool:
         return False
 
 
-def endless(tmp_path: Path) -> subprocess.Popen[str]:
-    """Preprocessing of far too much, once it writes and its workers are there."""
+def as_from_a_terminal() -> None:
+    """Whatever started the tests may ignore Ctrl-C, as shells do for what runs in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def endless(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Preprocessing of far too much, once it writes and its workers are there; nothing of it is left behind."""
+    process = _started(tmp_path)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _started(tmp_path: Path) -> subprocess.Popen[str]:
     (tmp_path / "in").mkdir()
     for number in range(2000):
         (tmp_path / "in" / f"{number}.py").write_text(INDENTED * 60)
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--tokenizer", "bytes"]
     command += ["--input", *[str(tmp_path / "in")] * 500, "--output", str(tmp_path / "out" / "d"), "--workers", "2"]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=as_from_a_terminal,
     )
     waited = time.monotonic()
     while time.monotonic() < waited + 60:
@@ -61,23 +83,23 @@ def gone(processes: list[int], patience: float = 20) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_clears_everything_away(number: signal.Signals, tmp_path: Path):
-    process = endless(tmp_path)
-    workers = children(process.pid)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
-    assert errors.count("\n") == 1 and errors.startswith("error: "), errors
-    assert gone(workers) and list((tmp_path / "out").iterdir()) == []
+    with endless(tmp_path) as process:
+        workers = children(process.pid)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 128 + number
+        assert errors.count("\n") == 1 and errors.startswith("error: "), errors
+        assert gone(workers) and list((tmp_path / "out").iterdir()) == []
 
 
 def test_workers_end_with_a_parent_that_was_killed_and_the_next_run_clears_up(tmp_path: Path):
-    process = endless(tmp_path)
-    workers = children(process.pid)
-    with pytest.raises(ConfigError, match=f"process {process.pid} is writing this dataset"):
-        IndexedDatasetBuilder(tmp_path / "out" / "d", "<u2")
-    process.kill()
-    process.communicate(timeout=30)
-    assert gone(workers)
+    with endless(tmp_path) as process:
+        workers = children(process.pid)
+        with pytest.raises(ConfigError, match=f"process {process.pid} is writing this dataset"):
+            IndexedDatasetBuilder(tmp_path / "out" / "d", "<u2")
+        process.kill()
+        process.communicate(timeout=30)
+        assert gone(workers)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [f"d.bin.tmp-{process.pid}"]
     with IndexedDatasetBuilder(tmp_path / "out" / "d", "<u2") as builder:
         assert [path.name for path in (tmp_path / "out").iterdir()] == [f"d.bin.tmp-{os.getpid()}"]
