@@ -26,16 +26,19 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
+    parsed = None
+    # a command line is the same on all ranks, and files may not be
+    told = lambda error: first_rank() or (parsed is not None and tells_for_others(str(error)))
     try:
         parsed = parse_arguments(argv)
         return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
     except AdambaError as error:
-        return fail(error, first_rank() or tells_for_others(str(error)))
+        return fail(error, told(error))
     except OSError as error:
         found = as_storage_error(error, str(error.filename or "writing"))
         if found is None:
             raise
-        return fail(found, first_rank() or tells_for_others(str(found)))
+        return fail(found, told(found))
     except KeyboardInterrupt:
         return INTERRUPTED
 

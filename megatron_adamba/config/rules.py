@@ -35,7 +35,12 @@ def file_to_write(flag: str, path: str | None, example: str) -> None:
     folder."""
     if path is None:
         return
-    if not path or path.endswith("/") or os.path.isdir(path):
+    if path and os.path.isdir(path):
+        inside = os.path.join(path, example)
+        raise ConfigError(
+            f"{flag} {path}: is a folder; give the name of a file; a file must be named, as {flag} {inside}"
+        )
+    if not path or path.endswith("/"):
         raise ConfigError(f"{flag} {path!r}: a file must be named, for example {flag} {os.path.join(path, example)}")
     if len(os.fsencode(os.path.basename(path))) > LONGEST_NAME:
         raise ConfigError(f"{flag}: the name is longer than {LONGEST_NAME} bytes; for example {flag} {example}")

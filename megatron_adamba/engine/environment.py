@@ -29,6 +29,8 @@ _FIRST_PORT, _PORTS = 15000, 14000
 
 def first_rank(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is the process that speaks for all; where its variables are wrong, each speaks for itself."""
+    if environment.get("RANK", "").strip():
+        return environment["RANK"].strip() == "0"
     env = dict(environment)
     try:
         complete_environment(env, quiet=True)

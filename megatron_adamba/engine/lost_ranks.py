@@ -131,13 +131,13 @@ def _explained(info: RankInfo, board: JobBoard, note: FailureNote | None) -> Los
     while not settled and time.monotonic() < end:
         time.sleep(_PAUSE)
         silent, dead = _silent_and_dead(board, others)
-        settled = silent is not None and set(silent) == set(dead)
+        # without the store, its keeper is gone: the first rank, in a job without an agent
+        settled = silent is None or set(silent) == set(dead)
         failure = note.read() if note is not None else None
         if failure is not None and failure.rank != info.rank:
             # people have been told by the rank itself
             return LostRankError(f"rank {failure.rank} failed: {failure.text}", first_survivor=False)
     if silent is None:
-        # the first rank keeps the store of a job without an agent
         silent = dead = [0] if info.rank else []
     if silent and not dead:
         here = _Process.this().host

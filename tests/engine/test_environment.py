@@ -43,7 +43,7 @@ def test_open_mpi_and_mpich():
     # srun --mpi=pmi2 sets PMI's variables beside its own
     by_slurm = STEP | {"PMI_RANK": "5", "PMI_SIZE": "8"}
     assert completed(**by_slurm) == ("5", "8", "1", "node3")
-    assert first_rank({"RANK": "1"}) and not first_rank({"RANK": "1", "WORLD_SIZE": "2"})
+    assert not first_rank({"RANK": "1"}) and first_rank({"RANK": "0", "WORLD_SIZE": "2"})
     assert not first_rank(OPEN_MPI) and first_rank(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
 
 
