@@ -54,7 +54,7 @@ ROUNDING = 1e-14
 
 
 def deviation(got: Tensor, want: Tensor) -> float:
-    """Largest difference over the largest magnitude expected; infinite for another shape. Over 1 where zero is expected:
+    """Largest difference over the largest magnitude expected; infinite for another shape. Over 1 for an expected zero:
     some processors miss it by the rounding of what cancels, as where one key leaves softmax nothing to move."""
     if got.shape != want.shape:
         return math.inf
