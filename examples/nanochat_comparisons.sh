@@ -10,7 +10,7 @@ validation="--data $data/validation --max-tokens $scored"
 # score NAME MODEL: losses at every width into $out/scores/NAME.json, on text that no order was chosen on
 score() {
     mkdir -p "$out/scores"
-    python tools/evaluate.py --model "$out/$2" $validation --dtype fp32 --json "$out/scores/$1.json" "${@:3}" > "$out/scores/$1.txt"
+    adamba evaluate --model "$out/$2" $validation --dtype fp32 --json "$out/scores/$1.json" "${@:3}" > "$out/scores/$1.txt"
 }
 
 echo "== before phase 1: as imported, reordered, each kind alone, random orders"
@@ -36,6 +36,6 @@ done
 score expanded expanded
 
 cd "$out/scores"
-compare="python $OLDPWD/tools/compare_evaluations.py"
+compare="adamba compare-evaluations"
 $compare imported.json reordered.json only-*.json random-*.json
 $compare phase-2.json expanded.json phase-2-as-imported.json phase-2-without-exits.json

@@ -3,7 +3,7 @@ export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 out=${1:-runs/nanochat-to-adamba} data=${DATA:-runs/quickstart/data} steps=${STEPS:-300}
 hidden=${HIDDEN:-128} wider=${WIDER:-192} widths=${WIDTHS:-32,64,128} tokens=${CALIBRATION_TOKENS:-32768}
 scored=${EVALUATION_TOKENS:-65536}
-surgery="python tools/surgery.py"
+surgery="adamba surgery"
 nanochat="--model.hidden_size $hidden --model.block_pattern Tx4 --model.head_dim $((hidden / 4)) --model.norm_weight false
     --model.embedding_norm true --model.rope_sign -1 --model.norm_eps 1.1920929e-7 --model.logit_softcap 15
     --data.tokenizer $data/tokenizer.model"

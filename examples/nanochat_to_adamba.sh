@@ -22,11 +22,11 @@ run phase-3 $phase_3 --checkpoint.init_from "$out/expanded"
 
 for width in ${widths//,/ } "$wider"; do
     $surgery extract "$out/phase-3/model" "$out/extracted-$width" --width "$width"
-    python tools/evaluate.py --model "$out/extracted-$width" --data "$data/validation" --max-tokens "$scored" \
+    adamba evaluate --model "$out/extracted-$width" --data "$data/validation" --max-tokens "$scored" \
         --json "$out/eval-$width.json"
 done
-python tools/evaluate.py --model "$out/phase-3/model" --data "$data/validation" --max-tokens "$scored" --exits \
+adamba evaluate --model "$out/phase-3/model" --data "$data/validation" --max-tokens "$scored" --exits \
     --json "$out/eval.json" --plot "$out/pareto.png"
-python tools/plot_metrics.py --output "$out/road.png" \
+adamba plot --output "$out/road.png" \
     --metrics "$out"/{nanochat,phase-1,phase-2,phase-3}/metrics.jsonl
 echo "see $out: road.png, pareto.png, eval.json"

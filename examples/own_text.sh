@@ -8,8 +8,8 @@ export PATH="$PWD/.venv/bin:$PATH"
 data=runs/own/data
 mapfile -t inputs <<< "$inputs"
 
-python tools/train_tokenizer.py --input "${inputs[@]}" --vocab-size "${VOCAB_SIZE:-4096}" --output $data/tokenizer.model
-python tools/preprocess_data.py --input "${inputs[@]}" --tokenizer $data/tokenizer.model --output $data --split
+adamba tokenizer --input "${inputs[@]}" --vocab-size "${VOCAB_SIZE:-4096}" --output $data/tokenizer.model
+adamba data --input "${inputs[@]}" --tokenizer $data/tokenizer.model --output $data --split
 # examples/own_text.yaml resumes: started again, an interrupted run goes on
 deepspeed -q --num_gpus "${RANKS:-1}" pretrain_adamba.py --config examples/own_text.yaml
-python tools/generate.py --model runs/own/model --mode think --prompt "The "
+adamba generate --model runs/own/model --mode think --prompt "The "

@@ -14,5 +14,5 @@ $threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybri
     --elastic.exit_fraction 0.7 --elastic.mixed_exit_fraction 1 --logging.run_dir $run/backbone
 $threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid --config examples/python_stdlib_gates.yaml \
     --checkpoint.init_from $run/backbone/model --logging.run_dir $run
-python tools/evaluate.py --model $run/model --data runs/quickstart/data/validation --adaptive --max-tokens 100000 \
+adamba evaluate --model $run/model --data runs/quickstart/data/validation --adaptive --max-tokens 100000 \
     --exit-threshold 0.9 0.95 0.97 0.98 1 --energy-price 0.0005 0.003 0.01 --plot $run/pareto.png --json $run/adaptive.json

@@ -12,8 +12,8 @@ data=$run/data
 rm -rf $run/checkpoints $run/model
 bash examples/quickstart_data.sh
 $threads deepspeed -q --num_gpus "$ranks" pretrain_adamba.py --preset tiny-hybrid
-python tools/evaluate.py --model $run/model --data $data/validation --json $run/eval.json --plot $run/pareto.png
-python tools/plot_metrics.py --metrics $run/metrics.jsonl --output $run/curves.png
-python tools/generate.py --model $run/model --mode think --prompt "def " --max-new-tokens 200 --output $run/sample.txt
-python tools/compare_with_xz.py --eval $run/eval.json --data $data/validation --tokenizer $data/tokenizer.model
+adamba evaluate --model $run/model --data $data/validation --json $run/eval.json --plot $run/pareto.png
+adamba plot --metrics $run/metrics.jsonl --output $run/curves.png
+adamba generate --model $run/model --mode think --prompt "def " --max-new-tokens 200 --output $run/sample.txt
+adamba compare-with-xz --eval $run/eval.json --data $data/validation --tokenizer $data/tokenizer.model
 echo "see $run: metrics.jsonl, eval.json, pareto.png, curves.png, sample.txt"

@@ -5,5 +5,5 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 data=runs/quickstart/data
 
-python tools/train_tokenizer.py --input python-stdlib --vocab-size 4096 --output $data/tokenizer.model
-python tools/preprocess_data.py --input python-stdlib --tokenizer $data/tokenizer.model --output $data --split --workers 2
+adamba tokenizer --input python-stdlib --vocab-size 4096 --output $data/tokenizer.model
+adamba data --input python-stdlib --tokenizer $data/tokenizer.model --output $data --split --workers 2

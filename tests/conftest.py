@@ -31,6 +31,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.path.name not in LONG_FILES, -counts[item.path], item.path))
 
 
+@pytest.fixture
+def adamba(capsys):
+    """adamba(words...): exit code, stdout and stderr of the command, run in this process."""
+    from megatron_adamba.commands.main import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory):
     """workers(n): n ranks on gloo that outlive single tests."""

@@ -1,103 +1,11 @@
-"""Loss of a trained model at every width, as a table and a picture; with its own choices beside them where asked.
+"""`adamba evaluate`, from a clone."""
 
-python tools/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/validation
-python tools/evaluate.py --model runs/quickstart/model --data runs/quickstart/data/validation --adaptive
-python tools/evaluate.py --model runs/difficulty/model --items runs/difficulty/data/heldout-hard.jsonl --adaptive
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_adamba.config.rules import count, file_to_write, in_range
-from megatron_adamba.config.script import run_script
-from megatron_adamba.errors import ConfigError
-from megatron_adamba.files import write_atomically
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a canonical checkpoint, e.g. RUN/model")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", help="prefix of the validation dataset")
-    source.add_argument("--items", type=Path, help='with --adaptive: lines of {"prompt", "answer"}')
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of one window")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows of one forward pass")
-    parser.add_argument("--max-tokens", type=int, help="only the first so many tokens")
-    parser.add_argument("--dtype", help="bf16 | fp32; by default bf16 where the machine has it")
-    parser.add_argument("--no-verify", action="store_true", help="do not hold tensors against their checksums")
-    parser.add_argument("--exits", action="store_true", help="full width up to each layer, too")
-    parser.add_argument("--adaptive", action="store_true", help="fixed widths, fixed exits and the model's own choices")
-    parser.add_argument("--exit-threshold", type=float, nargs="+", default=[0.95], help="adaptive: each is a row")
-    parser.add_argument("--energy-price", type=float, nargs="+", help="adaptive: each is a row; without, by lookup")
-    parser.add_argument("--expand-cost", type=float, default=0.5, help="adaptive: expected nats above which it widens")
-    parser.add_argument("--min-width", type=int, default=1, help="adaptive: the estimator chooses none under it")
-    parser.add_argument("--full-width", action="store_true", help="adaptive: exits alone, the estimator is not asked")
-    parser.add_argument("--fixed-exits", type=int, default=6, help="adaptive: exits at full width to compare with")
-    parser.add_argument("--plot", metavar="FILE", help="picture: bits per byte against active FLOPs per token")
-    parser.add_argument("--json", metavar="FILE", help="write the table as JSON too")
-    return parser.parse_args(words)
-
-
-def main(words: list[str]) -> int:
-    args = parse(words)
-    _check(args)
-    if args.adaptive:
-        from inference_commands.policies import evaluate_policies
-
-        evaluate_policies(args)
-        return 0
-    if args.data is None:
-        raise ConfigError("--items: is read with --adaptive alone; add it, or give --data")
-
-    from rich.console import Console
-
-    from megatron_adamba.data.blend import open_dataset
-    from megatron_adamba.data.packed import evaluation_batches
-    from megatron_adamba.elastic.plan import uniform_plan
-    from megatron_adamba.evaluation.pictures import draw_pareto
-    from megatron_adamba.evaluation.widths import evaluate_plans, exit_plans
-    from megatron_adamba.inference.load import load_model
-    from megatron_adamba.parallel.topology import single_process
-    from megatron_adamba.training.report import print_rows
-
-    loaded = load_model(args.model, args.dtype, verify=not args.no_verify)
-    indexed = open_dataset(args.data, loaded.tokenizer, "--data")
-    batches = evaluation_batches(indexed, args.seq_len, args.batch_size, loaded.tokenizer.eod_id, args.max_tokens)
-    config = loaded.model.config
-    plans = [uniform_plan(config, width) for width in config.widths]
-    if args.exits:
-        plans += exit_plans(config, 1, config.num_layers)
-
-    def forward(tokens, labels, seq_idx, plan):
-        return loaded.model(tokens, labels, seq_idx, plan, reduction="none")
-
-    rows = evaluate_plans(forward, config, batches, plans, loaded.device, single_process())
-    print_rows(Console(), rows)
-    if args.json:
-        report = {"model": args.model, "data": args.data, "dtype": loaded.dtype, "rows": [asdict(row) for row in rows]}
-        write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
-    if args.plot:
-        draw_pareto([row for row in rows if row.exit_layer is None], Path(args.plot))
-    return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Raises ConfigError."""
-    count("--seq-len", args.seq_len, 2**24)
-    count("--batch-size", args.batch_size, 2**20)
-    in_range("--fixed-exits", args.fixed_exits, 0, 10**6)
-    if args.max_tokens is not None:
-        count("--max-tokens", args.max_tokens, 2**62)
-    file_to_write("--plot", args.plot, "pareto.png")
-    file_to_write("--json", args.json, "eval.json")
-
+from megatron_adamba.commands.main import door
 
 if __name__ == "__main__":
-    run_script(main)
+    door("evaluate")

@@ -1,67 +1,11 @@
-"""A server for OpenAI's clients, and a chat page that shows the compute that each token took.
+"""`adamba serve`, from a clone."""
 
-python tools/serve.py --model runs/quickstart/model
-curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def ", "mode": "adaptive"}'
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_adamba.config.rules import in_range
-from megatron_adamba.config.script import run_script
-from megatron_adamba.errors import ConfigError
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a canonical checkpoint, e.g. RUN/model")
-    parser.add_argument("--name", help="of the model in answers; its folder by default")
-    parser.add_argument("--host", default="127.0.0.1", help="this machine alone by default; there is no password")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and prints it")
-    parser.add_argument("--dtype", help="bf16 | fp32; by default bf16 where the machine has it")
-    parser.add_argument("--no-verify", action="store_true", help="do not hold tensors against their checksums")
-    parser.add_argument("--body-bytes", type=int, default=1 << 20, help="of the largest request")
-    parser.add_argument("--new-tokens", type=int, default=1024, help="that one text may have")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and text together")
-    parser.add_argument("--slots", type=int, default=8, help="texts that are made side by side")
-    parser.add_argument("--queue", type=int, default=256, help="texts that wait; more are answered with 429")
-    parser.add_argument("--choices", type=int, default=32, help="texts of one request")
-    parser.add_argument("--connections", type=int, default=512, help="that may be open at once")
-    text = "that a request may take to arrive, and an answer to be read on"
-    parser.add_argument("--request-seconds", type=float, default=30, help=text)
-    parser.add_argument("--shutdown-seconds", type=float, default=5, help="that answers have to end at SIGTERM")
-    text = "a name that others reach it by (Host); others are refused; may be repeated; * allows all"
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
-    return parser.parse_args(words)
-
-
-def main(words: list[str]) -> int:
-    args = parse(words)
-
-    from megatron_adamba.inference.load import load_model
-    from megatron_adamba.inference.serving.hosts import allowed_hosts
-    from megatron_adamba.inference.serving.limits import ServerLimits
-    from megatron_adamba.inference.serving.server import make_server
-
-    in_range("--port", args.port, 0, 65535)
-    limits = ServerLimits(**{entry.name: getattr(args, entry.name) for entry in fields(ServerLimits)})
-    limits.check()
-    allowed_hosts(args.host, args.allow_host)
-    loaded = load_model(args.model, args.dtype, verify=not args.no_verify)
-    folder = Path(args.model).resolve()
-    name = args.name or (folder.parent.name if folder.name == "model" else folder.name)
-    server = make_server(loaded, name, limits, args.host, args.port, args.allow_host)
-    server.run()
-    if not server.started:
-        raise ConfigError(f"--host {args.host} --port {args.port}: cannot be listened on; --port 0 takes a free one")
-    return 0
-
+from megatron_adamba.commands.main import door
 
 if __name__ == "__main__":
-    run_script(main)
+    door("serve")

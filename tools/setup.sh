@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 kind=${1:-run}
 venv=.venv
 stamp=$venv/.stamp-$kind
-wanted=$(cat setup.py requirements/*.txt tools/setup.sh | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml requirements/*.txt tools/setup.sh | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi

@@ -1,88 +1,11 @@
-"""Trains a lossless sentencepiece tokenizer (BPE with byte fallback) on a corpus.
+"""`adamba tokenizer`, from a clone."""
 
-python tools/train_tokenizer.py --input python-stdlib --vocab-size 4096 --output tokenizer.model
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_adamba.config.rules import file_to_write, in_range
-from megatron_adamba.config.script import run_script
-from megatron_adamba.data.corpus import is_validation, iterate_documents
-from megatron_adamba.data.corpus_files import LeftOut
-from megatron_adamba.data.sentencepiece_training import train_sentencepiece
-from megatron_adamba.data.tokenizer_options import MOST_IDS
-from megatron_adamba.errors import ConfigError
-from megatron_adamba.files import write_atomically
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="folder, file of text or JSON, or python-stdlib")
-    parser.add_argument("--output", required=True, help="file to write, ending in .model")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="pieces in all, 256 bytes among them")
-    parser.add_argument("--max-megabytes", type=float, default=32, help="of a larger corpus a sample is used")
-    parser.add_argument("--validation-fraction", type=float, default=0.05, help="share held out, as in preprocessing")
-    parser.add_argument("--json-key", default="text", help="key of the text in JSON")
-    parser.add_argument("--json", metavar="FILE", help="write the printed table as JSON too")
-    return parser.parse_args(words)
-
-
-def main(words: list[str]) -> int:
-    args = parse(words)
-    check(args)
-    started, left_out = time.perf_counter(), LeftOut()
-    training = documents(args, held_out=False, left_out=left_out)
-    tokenizer = train_sentencepiece(training, args.vocab_size, args.output, round(args.max_megabytes * 1e6))
-    seconds = time.perf_counter() - started
-    num_bytes = num_tokens = 0
-    for text in documents(args, held_out=True, left_out=LeftOut()):
-        num_bytes += len(text.encode("utf-8"))
-        num_tokens += len(tokenizer.encode(text))
-    report = {
-        "tokenizer": str(args.output),
-        "hash": tokenizer.hash,
-        "vocab_size": tokenizer.vocab_size,
-        "left_out": left_out.described() or "nothing",
-        "seconds": round(seconds, 3),
-        "held_out_bytes": num_bytes,
-        "held_out_bytes_per_token": round(num_bytes / num_tokens, 4) if num_tokens else None,
-    }
-    if args.json:
-        write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
-    for name, value in report.items():
-        print(f"{name:26} {value}")
-    return 0
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for a value that cannot work."""
-    if not 0 <= args.validation_fraction < 1:
-        raise ConfigError(
-            f"--validation-fraction {args.validation_fraction}: a share below 1 is needed, or 0 for none, e.g. 0.05"
-        )
-    if not 0 < args.max_megabytes < float("inf"):
-        raise ConfigError(f"--max-megabytes {args.max_megabytes}: must be above 0 and finite, e.g. 32")
-    in_range("--vocab-size", args.vocab_size, 258, MOST_IDS - 1)
-    file_to_write("--output", args.output, "tokenizer.model")
-    if args.json is not None:
-        file_to_write("--json", args.json, "report.json")
-
-
-def documents(args: argparse.Namespace, held_out: bool, left_out: LeftOut) -> Iterator[str]:
-    for spec in args.input:
-        for identity, text in iterate_documents(spec, args.json_key, left_out):
-            if is_validation(identity, args.validation_fraction) == held_out:
-                yield text
-
+from megatron_adamba.commands.main import door
 
 if __name__ == "__main__":
-    run_script(main)
+    door("tokenizer")

@@ -10,7 +10,7 @@ data=$run/data
 
 [ $# -gt 0 ] || rm -rf $run/{backbone,checkpoints,model}
 python examples/difficulty/tasks.py --output $data
-python tools/preprocess_data.py --input $data/train.jsonl --tokenizer bytes --output $data/all --split --validation-fraction 0.002
+adamba data --input $data/train.jsonl --tokenizer bytes --output $data/all --split --validation-fraction 0.002
 train="$threads deepspeed -q --num_gpus $ranks pretrain_adamba.py --config examples/difficulty/model.yaml $*"
 $train
 $train --config examples/difficulty/gates.yaml

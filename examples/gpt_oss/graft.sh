@@ -3,9 +3,8 @@
 #   bash examples/gpt_oss/graft.sh runs/gpt-oss-20b runs/gpt-oss-20b-hybrid
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: bash examples/gpt_oss/graft.sh MODEL HYBRID [surgery flags]" >&2; exit 2; }
-tools=$(dirname "$0")/../../tools
 export PATH="$(dirname "$0")/../../.venv/bin:$PATH"
 mamba=()
 [ $# -gt 2 ] || mamba=(--pattern "(EEM)x12" --mamba-num-heads 256 --mamba-num-groups 8)
-python "$tools/surgery.py" graft "$@" "${mamba[@]}"
-python "$tools/checkpoint.py" verify "$2"
+adamba surgery graft "$@" "${mamba[@]}"
+adamba checkpoint verify "$2"

@@ -3,7 +3,6 @@
 #   bash examples/gpt_oss/import.sh gpt-oss-20b/original runs/gpt-oss-20b
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: bash examples/gpt_oss/import.sh SOURCE MODEL [surgery flags]" >&2; exit 2; }
-tools=$(dirname "$0")/../../tools
 export PATH="$(dirname "$0")/../../.venv/bin:$PATH"
-python "$tools/surgery.py" import gpt-oss "$@"
-python "$tools/checkpoint.py" verify "$2"
+adamba surgery import gpt-oss "$@"
+adamba checkpoint verify "$2"

@@ -13,7 +13,7 @@ small="$settings --train.seq_len 256 --train.global_batch_size 8 --train.micro_b
 deepspeed -q --num_gpus 2 --master_port "${MASTER_PORT:-29500}" pretrain_adamba.py --preset gpt-oss-tiny \
     --parallel.ep 2 $settings ${MODEL_SETTINGS:-} --data.tokenizer "$data/tokenizer.model" \
     --data.train "[$data/train]" --data.validation "[$data/validation]" --logging.run_dir "$out/pretrained"
-python tools/surgery.py export hf "$out/pretrained/model" "$out/published"
+adamba surgery export hf "$out/pretrained/model" "$out/published"
 
 bash examples/gpt_oss/import.sh "$out/published" "$out/imported" --widths "${WIDTHS:-32,64,128,256}" \
     --tokenizer "$data/tokenizer.model"
@@ -21,4 +21,4 @@ bash examples/gpt_oss/graft.sh "$out/imported" "$out/hybrid" --pattern "(EEM)x2"
 small="$small --checkpoint.interval $steps --train.activation_checkpointing false ${RUN_SETTINGS:-}"
 RANKS=2 bash examples/gpt_oss/phase.sh 1 "$out/hybrid" "$data" "$out/phase1" $small
 RANKS=2 bash examples/gpt_oss/phase.sh 2 "$out/phase1/model" "$data" "$out/phase2" $small --optimizer.lr 0.001
-python tools/generate.py --model "$out/phase2/model" --prompt "def " --max-new-tokens 40
+adamba generate --model "$out/phase2/model" --prompt "def " --max-new-tokens 40

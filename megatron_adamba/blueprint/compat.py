@@ -140,7 +140,7 @@ RULES: tuple[Rule, ...] = (
         lambda s: s.pp > 1 and s.zero_stage > 1,
         lambda s: (
             f"--parallel.pp {s.pp}: runs with ZeRO 1, not {s.zero_stage}, as gradients are complete only behind the "
-            f"last micro-batch; use --deepspeed_config ds_configs/zero1.json"
+            f"last micro-batch; use --deepspeed_config zero1"
         ),
     ),
     Rule(

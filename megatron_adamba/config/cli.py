@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_adamba.config.depth import REASONS, derive_from_depth
+from megatron_adamba.config.ds_config import shipped_ds_configs
 from megatron_adamba.config.model import NestRow
 from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import nearest
@@ -77,7 +78,9 @@ def build_parser(prog: str) -> ArgumentParser:
     )
     parser.add_argument("--depth", type=int, help="one dial: derives layers, hidden size, heads, batch, learning rates")
     parser.add_argument(
-        "--deepspeed_config", type=str, help="JSON file with what DeepSpeed owns, e.g. ds_configs/zero1.json"
+        "--deepspeed_config",
+        type=str,
+        help=f"what DeepSpeed owns: a JSON file, or one of ours: {', '.join(shipped_ds_configs())}",
     )
     parser.add_argument("--local_rank", type=int, help="given by launchers; the environment decides")
     parser.add_argument("--resume", type=str, help="short for --checkpoint.resume")
@@ -88,7 +91,7 @@ def build_parser(prog: str) -> ArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str], prog: str = "pretrain_adamba.py") -> ParsedArguments:
+def parse_arguments(argv: Sequence[str], prog: str = "adamba train") -> ParsedArguments:
     """Layers, lowest first: defaults, preset, the model of `--checkpoint.init_from`, `--config` files, command line.
 
     `depth` in any of the last three derives values that lie right under the other values of its own layer.

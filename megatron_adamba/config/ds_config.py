@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.rules import nearest
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.schema import read_regular
 
@@ -33,20 +35,31 @@ def default_ds_config(bf16: bool = True) -> dict[str, Any]:
     }
 
 
+def shipped_ds_configs() -> dict[str, Path]:
+    """The files that come with the package, by name: zero1, zero2_offload, ..."""
+    folder = Path(str(importlib.resources.files("megatron_adamba.config").joinpath("ds_configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
 def read_ds_config(path: str | None, bf16: bool = True) -> dict[str, Any]:
-    """The user's file, or the default; bf16: whether that may be in bf16.
+    """The user's file, a shipped one by its name, or the default; bf16: whether that may be in bf16.
 
     Raises ConfigError when the file is missing or not a JSON object.
     """
     if path is None:
         return default_ds_config(bf16)
-    content = read_regular(Path(path), ConfigError, "try ds_configs/zero1.json", flag="--deepspeed_config")
+    shipped = shipped_ds_configs()
+    advice = "try zero1"
+    if not Path(path).exists() and path not in shipped and (near := nearest(path, list(shipped))):
+        advice = f"did you mean {near}?"
+    file = shipped.get(path, Path(path))
+    content = read_regular(file, ConfigError, advice, flag="--deepspeed_config")
     try:
         values = json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--deepspeed_config {path}: not JSON ({error}); try ds_configs/zero1.json") from None
+        raise ConfigError(f"--deepspeed_config {path}: not JSON ({error}); try zero1") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--deepspeed_config {path}: must hold a JSON object; try ds_configs/zero1.json")
+        raise ConfigError(f"--deepspeed_config {path}: must hold a JSON object; try zero1")
     _check_sections(values, f"--deepspeed_config {path}")
     return values
 
@@ -64,7 +77,7 @@ def _check_sections(values: dict[str, Any], source: str) -> None:
         raise ConfigError(f'{source}: "bfloat16" is the old name; write "bf16": {{"enabled": true}}')
     for key in ("zero_optimization", "bf16", "fp16", "data_types"):
         if not isinstance(values.get(key, {}), dict):
-            raise ConfigError(f"{source}: {key} must be an object; see ds_configs/zero1.json")
+            raise ConfigError(f"{source}: {key} must be an object; compare with ds_configs/zero1.json")
     zero = values.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise ConfigError(f"{source}: zero_optimization.stage {zero['stage']!r} must be 0, 1, 2 or 3; for example 1")

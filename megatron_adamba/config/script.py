@@ -18,10 +18,10 @@ from megatron_adamba.errors import AdambaError, ConfigError, StorageError
 INTERRUPTED, READER_GONE = 130, 141
 """as shells count: 128 and the signal's number"""
 _RUN_FLAG = re.compile(
-    r"(?<![\w-])(?<!pretrain_adamba\.py )--"
+    r"(?<![\w-])(?<!adamba train )--"
     r"(?=(?:model|elastic|gates|data|train|optimizer|parallel|checkpoint|logging)\.\w|depth\b)"
 )
-_FLAG = re.compile(r"(?<![\w-])(?<!\.py )--([a-z][\w.-]*)")
+_FLAG = re.compile(r"(?<![\w-])(?<!adamba train )--([a-z][\w.-]*)")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 PATH_ERRORS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
@@ -36,9 +36,13 @@ def without_flags(text: str) -> str:
     return _FLAG.sub(lambda found: found[1].replace("-", "_"), text)
 
 
-def run_script(main: Callable[[list[str]], int], reworded: Callable[[str], str] = as_settings) -> None:
-    """Runs `main` on the command line's words and exits with what it returns. reworded: what messages go through, so
-    that they name no flag that the script has not.
+def run_script(
+    run: Callable[[], int],
+    reworded: Callable[[str], str] = as_settings,
+    leave: Callable[[int], NoReturn] = sys.exit,
+) -> NoReturn:
+    """Calls `run` and ends the process by `leave`, with the exit code that it returns. reworded: what messages go
+    through, so that they name no flag that the command has not.
 
     An `AdambaError` becomes `error: ...` on stderr and its class's exit code; a full disk or one that refuses to be
     written to counts as `StorageError`, a path that cannot be what it has to be as `ConfigError`. Ctrl-C exits
@@ -47,9 +51,9 @@ def run_script(main: Callable[[list[str]], int], reworded: Callable[[str], str] 
     """
     _show_any_text()
     try:
-        code = main(sys.argv[1:])
+        code = run()
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at the interpreter's end
-        sys.exit(code)
+        leave(code)
     except AdambaError as error:
         _fail(reworded(str(error)), error.exit_code)
     except BrokenPipeError:

@@ -57,9 +57,7 @@ class SentencePieceTokenizer:
         where = f"{flags.tokenizer} {path}"
         content = read_regular(path, TokenizerError, f"give a file for {flags.tokenizer}", LARGEST_FILE)
         eod_token = eod_token or TokenizerNote.beside(path).eod_token
-        with library_failures(
-            f"{where}: not a sentencepiece model ({{reason}}); make one with tools/train_tokenizer.py"
-        ):
+        with library_failures(f"{where}: not a sentencepiece model ({{reason}}); make one with adamba tokenizer"):
             model = _read_model(content)
             processor = _processor(content)
             eod_id = _find_eod(processor, eod_token)

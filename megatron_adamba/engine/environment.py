@@ -100,7 +100,7 @@ def _alone(env: MutableMapping[str, str], quiet: bool) -> None:
     if not quiet and env.get("SLURM_NTASKS") and _number(env, "SLURM_NTASKS") > 1:
         print(
             f"WARNING: the allocation has {env['SLURM_NTASKS']} tasks, and this process was not started by srun: it "
-            f"runs alone; srun python pretrain_adamba.py ... runs them all",
+            f"runs alone; srun adamba train ... runs them all",
             file=sys.stderr,
         )
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"

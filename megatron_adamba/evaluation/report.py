@@ -32,7 +32,7 @@ _Rows = Annotated[list[ReportedRow], Field(min_length=1)]
 
 def read_rows(path: Path, flag: str = "") -> list[ReportedRow]:
     """Rows of an eval.json; flag: in front of the path in messages. Raises DataError."""
-    advice = "not an eval.json; run tools/evaluate.py --json first"
+    advice = "not an eval.json; run adamba evaluate --json first"
     try:
         rows = read_json(path, JsonObject, DataError, advice).get("rows")
         return check_value(rows, _Rows, f"{path}: rows", DataError, advice)

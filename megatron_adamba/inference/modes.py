@@ -51,7 +51,7 @@ class Mode:
         policy.check()
         if loaded.gates is None:
             raise ConfigError(
-                "mode adaptive: this model has no gates; train them (pretrain_adamba.py --train.phase 2), or take think"
+                "mode adaptive: this model has no gates; train them (adamba train --train.phase 2), or take think"
             )
         if self.energy_price is not None:
             in_range("--energy-price", self.energy_price, 0, NEVER)

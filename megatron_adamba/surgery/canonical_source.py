@@ -50,7 +50,7 @@ def open_canonical(folder: Path) -> CanonicalSource:
     kind, _ = find_checkpoint(folder)
     if kind != CANONICAL:
         raise CheckpointError(
-            f"{folder}: is a training checkpoint; make it canonical first: tools/checkpoint.py convert {folder} DST"
+            f"{folder}: is a training checkpoint; make it canonical first: adamba checkpoint convert {folder} DST"
         )
     opened = open_checkpoint(folder)
     config, _ = check_weights(opened)
@@ -77,5 +77,5 @@ def require_whole(config: ModelConfig, folder: Path, operation: str) -> None:
     if unused:
         raise ConfigError(
             f"{folder}: its full width leaves units unused ({', '.join(unused)}); take them out first: "
-            f"tools/surgery.py extract {folder} DST --width {hidden}"
+            f"adamba surgery extract {folder} DST --width {hidden}"
         )

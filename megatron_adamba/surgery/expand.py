@@ -22,7 +22,7 @@ from megatron_adamba.surgery.writing import Job, PlannedTensor
 
 _KEEPS = "the logits are the source's at the new full width and at every old width; optimizer state is dropped"
 _NEAR = (
-    "near the source's logits: the norm of queries and keys sees the new keys; measure it with tools/surgery.py "
+    "near the source's logits: the norm of queries and keys sees the new keys; measure it with adamba surgery "
     "compare; optimizer state is dropped"
 )
 

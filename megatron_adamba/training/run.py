@@ -117,7 +117,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     if config.train.phase == 3 and config.model.expanded_from is None:
         raise ConfigError(
             "--train.phase 3: goes on with a model that was made wider, and this one was not; start from one with "
-            "--checkpoint.init_from, made by tools/surgery.py expand, or take --train.phase 2"
+            "--checkpoint.init_from, made by adamba surgery expand, or take --train.phase 2"
         )
     config = _with_gates(config)
     PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)

@@ -88,7 +88,7 @@ def check_start(folder: str, tokenizer: Tokenizer) -> None:
     if kind != CANONICAL:
         raise CheckpointError(
             f"{FLAG} {folder}: is a training checkpoint; go on from it with --checkpoint.resume {folder}, or make it "
-            f"canonical first: tools/checkpoint.py convert {folder} DST"
+            f"canonical first: adamba checkpoint convert {folder} DST"
         )
     wanted = read_run_config(folder).get("tokenizer_hash")
     if wanted not in (None, tokenizer.hash):

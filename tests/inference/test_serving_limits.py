@@ -14,9 +14,9 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from commands.test_small_tools import ROOT
 from inference.served import LIMITS, alone, serving
 from surgery.test_gates_carried import gated_source
-from tools.test_small_tools import ROOT
 
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.inference.load import load_model

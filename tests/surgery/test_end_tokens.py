@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands.test_harness_oracle import VOCABULARY, make_tokenizer
 from surgery.gpt_oss_folders import random_gpt_oss, save_hugging_face, save_openai
 from surgery.nanochat_folders import own_metadata, own_tensors, random_nanochat, save_own
-from tools.test_harness_oracle import VOCABULARY, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_adamba.config.root import read_model_config

@@ -210,9 +210,7 @@ def test_a_source_that_is_no_canonical_checkpoint(tmp_path):
     training = tmp_path / "step-00000200"
     training.mkdir()
     (training / "state.json").write_text("{}")
-    with pytest.raises(
-        CheckpointError, match=r"is a training checkpoint; make it canonical first: tools/checkpoint.py"
-    ):
+    with pytest.raises(CheckpointError, match=r"is a training checkpoint; make it canonical first: adamba checkpoint"):
         graft(training, "TM", {}, 0)
     source = saved(source_model("T"), tmp_path / "a")
     shard = sorted(source.glob("*.safetensors"))[-1]

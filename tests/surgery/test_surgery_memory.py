@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = """
-import sys
-sys.path.insert(0, sys.argv.pop(1) + "/tools")
-import surgery
-assert surgery.main(sys.argv[1:]) == 0
-print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+import atexit, sys
+sys.path.insert(0, sys.argv.pop(1))
+from megatron_adamba.commands.main import door
+lines = lambda: (line.split() for line in open("/proc/self/status"))
+atexit.register(lambda: print("peak", next(words[1] for words in lines() if words[0] == "VmHWM:")))
+door("surgery")
 """
 """not getrusage: its peak counts the process that forked this one"""
 BYTES = {"F32": 4, "BF16": 2, "U8": 1}
@@ -81,7 +82,7 @@ def openai_folder(folder: Path, packed: bool, layers: int, hidden: int, vocab: i
 
 
 def peak(*words: object) -> int:
-    """Bytes of the largest resident set of `tools/surgery.py WORDS`."""
+    """Bytes of the largest resident set of `adamba surgery WORDS`."""
     program = [sys.executable, "-c", PROGRAM, str(ROOT), *map(str, words)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

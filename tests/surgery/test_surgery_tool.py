@@ -1,15 +1,14 @@
-"""tools/surgery.py as a user runs it."""
+"""adamba surgery as a user runs it."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,35 +17,16 @@ from surgery.gpt_oss_folders import make_source, their_logits, tokens_for, write
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import read_tensors
 from megatron_adamba.config.root import read_model_config
-from megatron_adamba.config.script import run_script
 from megatron_adamba.inference.load import load_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "tools" / "surgery.py"
 
 
-def load_script() -> ModuleType:
-    # behind the tests' own folders, of which one has the script's name
-    sys.path[:] = [place for place in sys.path if place != str(SCRIPT.parent)] + [str(SCRIPT.parent)]
-    spec = importlib.util.spec_from_file_location("tool_surgery", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 @pytest.fixture
-def tool(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """tool(words...): exit code, stdout and stderr of the script around its real `main`."""
-
-    def start(*words: object) -> tuple[int, str, str]:
-        module = load_script()
-        monkeypatch.setattr(sys, "argv", ["surgery.py", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            run_script(module.main)
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return start
+def tool(adamba) -> Callable[..., tuple[int, str, str]]:
+    """tool(words...): exit code, stdout and stderr of `adamba surgery WORDS`."""
+    return partial(adamba, "surgery")
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +138,7 @@ def test_errors_are_one_line(tool, source, tmp_path, words, code, message):
     ("text", "size"), [("4GB", 4 * 10**9), ("1.5 mb", 1_500_000), ("2GiB", 2 * 2**30), ("77", 77), ("10kB", 10_000)]
 )
 def test_sizes(text, size):
-    load_script()
-    from surgery_commands.jobs import parse_size
+    from megatron_adamba.commands.surgery.jobs import parse_size
 
     assert parse_size(text) == size
 
@@ -172,6 +151,6 @@ def test_it_is_a_script(words, tmp_path):
     """From any folder, without an installed package; --help loads no model library."""
     program = [sys.executable, "-X", "importtime", str(SCRIPT), *words]
     shown = subprocess.run([*program, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert shown.returncode == 0 and "surgery.py" in shown.stdout and not re.search(r"\| +torch$", shown.stderr)
+    assert shown.returncode == 0 and "adamba surgery" in shown.stdout and not re.search(r"\| +torch$", shown.stderr)
     refused = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "required" in refused.stderr

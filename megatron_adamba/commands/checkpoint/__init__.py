@@ -1,0 +1,1 @@
+"""`adamba checkpoint`: a file for each operation."""

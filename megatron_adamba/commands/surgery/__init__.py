@@ -1,0 +1,1 @@
+"""`adamba surgery`: a file for each operation."""

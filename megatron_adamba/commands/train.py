@@ -1,0 +1,133 @@
+"""train: the whole of a training run, on each of its ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_adamba.commands.command import Program
+from megatron_adamba.config.cli import ParsedArguments, parse_arguments
+from megatron_adamba.config.script import INTERRUPTED, leave
+from megatron_adamba.engine.environment import first_rank, tells_for_others
+from megatron_adamba.errors import AdambaError
+from megatron_adamba.files import as_storage_error
+
+if TYPE_CHECKING:
+    from megatron_adamba.engine.launch import RankInfo
+    from megatron_adamba.training.run import RunPlan
+    from megatron_adamba.training.run_folder import RunFolder
+
+
+def start(words: Sequence[str], prog: str) -> int:
+    """Returns the exit code; what fails is told here, by the rank that has to."""
+    # torch prints a C++ stack where a peer's store is gone; what that means is said in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    parsed = None
+    # a command line is the same on all ranks, and files may not be
+    told = lambda error: first_rank() or (parsed is not None and tells_for_others(str(error)))
+    try:
+        parsed = parse_arguments(words, prog)
+        return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
+    except AdambaError as error:
+        return fail(error, told(error))
+    except OSError as error:
+        found = as_storage_error(error, str(error.filename or "writing"))
+        if found is None:
+            raise
+        return fail(found, told(found))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def fail(error: AdambaError, tell: bool) -> int:
+    """One line: on stderr, or in the log of a rank whose trouble another one tells."""
+    line = f"error: {' '.join(str(error).split())}"
+    if tell:
+        with contextlib.suppress(BrokenPipeError):
+            print(line, file=sys.stderr, flush=True)
+    if (logger := logging.getLogger("megatron_adamba")).handlers:
+        logger.error(line)
+    return error.exit_code
+
+
+def show_config(parsed: ParsedArguments) -> int:
+    from megatron_adamba.blueprint.compat import micro_steps
+    from megatron_adamba.blueprint.resolve import resolve_model
+    from megatron_adamba.blueprint.stages import plan_stages
+    from megatron_adamba.data.tokenizer import load_tokenizer
+    from megatron_adamba.data.tokenizer_options import RUN_FLAGS
+    from megatron_adamba.training.progress import RunConsole
+    from megatron_adamba.training.report import print_config, print_stages, print_summary
+
+    config = parsed.config
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        data = config.data
+        vocab_size = load_tokenizer(
+            data.tokenizer or "bytes", data.eod_token, data.split_pattern, flags=RUN_FLAGS
+        ).vocab_size
+    model = resolve_model(config.model, vocab_size)
+    sources = dict(parsed.sources)
+    for name, value in vars(model).items():
+        if getattr(config.model, name) != value:
+            sources[f"model.{name}"] = f"derived from {sources[f'model.{name}']}"
+    console = RunConsole()
+    if parsed.print_config:
+        print_config(console, replace(config, model=model), sources)
+    if parsed.summary:
+        print_summary(console, model, config.train)
+        if config.parallel.pp > 1:
+            stages = plan_stages(model, config.parallel, config.train.seq_len, config.model.block_pattern)
+            print_stages(console, model, stages, config.train, micro_steps(config))
+    return 0
+
+
+def train(parsed: ParsedArguments) -> int:
+    from megatron_adamba.engine.launch import start_distributed, stop_distributed, world_size_from_environment
+    from megatron_adamba.engine.lost_ranks import FailureNote, lost_ranks_named
+    from megatron_adamba.training.run import plan_run
+    from megatron_adamba.training.run_folder import RunFolder
+
+    plan = plan_run(parsed, world_size_from_environment())
+    info = start_distributed()
+    try:
+        with RunFolder(Path(plan.config.logging.run_dir), info.rank) as folder:
+            note = FailureNote(folder.path)
+            try:
+                with lost_ranks_named(info, note):
+                    return run(parsed, plan, info, folder)
+            except (AdambaError, OSError) as error:
+                found = error if isinstance(error, AdambaError) else as_storage_error(error, str(folder.path))
+                if found is None:
+                    raise
+                return fail(found, note.tells(info.rank, found))
+            except Exception as error:
+                note.leave(info.rank, f"{type(error).__name__}: {error}")
+                raise
+    finally:
+        stop_distributed()
+
+
+def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:
+    from megatron_adamba.training.progress import RunConsole
+    from megatron_adamba.training.report import print_rows, print_start
+    from megatron_adamba.training.run import build_run
+    from megatron_adamba.training.trainer import Trainer
+
+    built = build_run(plan, info)
+    console = RunConsole(quiet=info.rank != 0)
+    print_start(console, built, parsed)
+    rows = Trainer(built, console, folder.leave).train()
+    if rows:
+        print_rows(console, rows)
+    console.print(f"model written to {built.run_dir / 'model'}", highlight=False)
+    return 0
+
+
+COMMAND = Program("train an elastic hybrid model, on one process or many ranks", start, leave=leave)
