@@ -39,7 +39,7 @@ def adamba(capsys):
     def call(*words: object) -> tuple[int, str, str]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
+            main([str(word) for word in words], leave=sys.exit)
         return (ended.value.code or 0, *capsys.readouterr())
 
     return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_adamba import __version__
@@ -38,8 +38,8 @@ COMMANDS = Group(
 )
 
 
-def main(words: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line's words, or these, and exits."""
+def main(words: Sequence[str] | None = None, leave: Callable[[int], NoReturn] | None = None) -> NoReturn:
+    """Runs the command line's words, or these, and exits: by `leave`, or as the command wants it."""
     words = list(sys.argv[1:] if words is None else words)
     if words == ["--version"]:
         print(__version__)
@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     # DeepSpeed's launcher puts its own flag in front, before the name of the command
     given = [words.pop(0)] if words and words[0].startswith("--local_rank=") else []
     entry, prog, rest = find(COMMANDS, words, "adamba")
-    run_script(lambda: entry.main([*given, *rest], prog), entry.reworded, entry.leave)
+    run_script(lambda: entry.main([*given, *rest], prog), entry.reworded, leave or entry.leave)
 
 
 def door(*names: str) -> NoReturn:

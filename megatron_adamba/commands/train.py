@@ -15,7 +15,7 @@ from megatron_adamba.commands.command import Program
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED, leave
 from megatron_adamba.engine.environment import first_rank, tells_for_others
-from megatron_adamba.errors import AdambaError
+from megatron_adamba.errors import AdambaError, TokenizerError
 from megatron_adamba.files import as_storage_error
 
 if TYPE_CHECKING:
@@ -66,13 +66,20 @@ def show_config(parsed: ParsedArguments) -> int:
     from megatron_adamba.training.report import print_config, print_stages, print_summary
 
     config = parsed.config
-    vocab_size = config.model.vocab_size
+    vocab_size, data = config.model.vocab_size, config.data
     if vocab_size is None:
-        data = config.data
-        vocab_size = load_tokenizer(
-            data.tokenizer or "bytes", data.eod_token, data.split_pattern, flags=RUN_FLAGS
-        ).vocab_size
-    model = resolve_model(config.model, vocab_size)
+        try:
+            tokenizer = load_tokenizer(data.tokenizer or "bytes", data.eod_token, data.split_pattern, flags=RUN_FLAGS)
+            vocab_size = tokenizer.vocab_size
+        except TokenizerError:
+            # it may be made later; parameters cannot be counted without it
+            if parsed.summary:
+                raise
+    model = resolve_model(config.model, vocab_size or 1)
+    # marks of pipeline stages are the user's
+    marked = "|" in str(config.model.block_pattern)
+    pattern = config.model.block_pattern if marked else model.block_pattern
+    model = replace(model, vocab_size=vocab_size, block_pattern=pattern)
     sources = dict(parsed.sources)
     for name, value in vars(model).items():
         if getattr(config.model, name) != value:

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from megatron_adamba.config.depth import REASONS, derive_from_depth
 from megatron_adamba.config.ds_config import shipped_ds_configs
 from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.peer_flags import peer_hint
 from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import nearest
 from megatron_adamba.errors import ConfigError
@@ -194,6 +195,8 @@ def _check_flags(argv: Sequence[str], parser: ArgumentParser, known: list[str]) 
             continue
         if name.removeprefix("--").split(".")[0] in sections and name.startswith(("--model.modes.", "--model.nest.")):
             continue
+        if told := peer_hint(name):
+            raise ConfigError(f"{name}: {told}")
         near = nearest(name, flags)
         raise ConfigError(
             f"{name}: unknown flag; did you mean {near}?" if near else f"{name}: unknown flag; see --help"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -23,16 +26,24 @@ from megatron_adamba.training.run import Run
 
 
 def print_config(console: Console, config: AdambaConfig, sources: dict[str, str]) -> None:
-    """Every value and where it came from; values that were derived say so."""
+    """Every value and where it came from, as YAML that `--config` reads; values that were derived say so."""
     for section in dataclasses.fields(AdambaConfig):
         values = getattr(config, section.name)
         console.print(f"{section.name}:", highlight=False)
         for entry in dataclasses.fields(values):
             value = getattr(values, entry.name)
             source = sources.get(f"{section.name}.{entry.name}", "default")
-            if entry.name == "nest" and value:
-                value = [dataclasses.astuple(row) for row in value]
-            console.print(f"  {entry.name}: {value}  # {source}", highlight=False, soft_wrap=True, markup=False)
+            console.print(
+                f"  {entry.name}: {_as_yaml(value)}  # {source}", highlight=False, soft_wrap=True, markup=False
+            )
+
+
+def _as_yaml(value: Any) -> str:
+    """In one line."""
+    if isinstance(value, list):
+        value = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> None:

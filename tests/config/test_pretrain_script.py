@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
+from megatron_adamba.config.cli import preset_names
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -31,13 +36,34 @@ def test_print_config_and_summary():
         "beta2: 0.95  # default",
         "num_heads: 16  # derived from default",
         "ffn_size: 8192  # derived from default",
-        "norm_eps: 1e-05  # default",
+        "norm_eps: 1.0e-05  # default",
     ):
         assert line in lines, line
     nest = next(line for line in lines if line.startswith("nest:"))
-    assert "[(128, 128, 1, 512, 0), (512, 512, 4, 2048, 0)" in nest and "# derived from default" in nest
+    assert (
+        "nest: [{width: 128, norm_size: 128, kv_groups: 1, ffn: 512, expert_ffn: 0}, {width: 512, " in nest
+        and "# derived from default" in nest
+    )
     assert "64 blocks, hidden size 2048" in result.stdout
     assert "2048 │        16 │     8192" in result.stdout and "100.0%" in result.stdout
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_what_print_config_prints_is_read_back(adamba, preset, tmp_path):
+    """To the letter, but for where a value came from; the second time from a folder without the preset's files."""
+    code, printed, _ = adamba("train", "--preset", preset, "--print_config", "--optimizer.lr", "1e-5")
+    assert code == 0
+    (tmp_path / "config.yaml").write_text(printed)
+    first = yaml.safe_load(printed)
+    assert first["optimizer"]["lr"] == 1e-5 and first["model"]["nest"][-1]["width"] == first["model"]["hidden_size"]
+    code, again, _ = adamba("train", "--config", tmp_path / "config.yaml", "--print_config")
+    values = lambda text: [line.split("  # ")[0] for line in text.splitlines()]
+    assert code == 0 and values(again) == values(printed)
+
+
+def test_stage_marks_stay(adamba):
+    _, printed, _ = adamba("train", "--preset", "tiny-hybrid", "--model.block_pattern", "TM|TMTM", "--print_config")
+    assert yaml.safe_load(printed)["model"]["block_pattern"] == "TM|TMTM"
 
 
 def test_an_error_is_one_line_and_an_exit_code():

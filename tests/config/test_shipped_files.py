@@ -19,5 +19,7 @@ def test_the_folder_at_the_top_holds_the_same_files():
 
 def test_by_name_and_by_path():
     assert read_ds_config("zero2") == read_ds_config(str(ROOT / "ds_configs" / "zero2.json"))
-    with pytest.raises(ConfigError, match=r"--deepspeed_config zero2_ofload: no such file; did you mean zero2_offload\?"):
+    with pytest.raises(
+        ConfigError, match=r"--deepspeed_config zero2_ofload: No such file or directory; did you mean zero2_offload\?"
+    ):
         read_ds_config("zero2_ofload")
