@@ -123,14 +123,16 @@ def train(parsed: ParsedArguments) -> int:
 
 def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:
     from megatron_adamba.training.progress import RunConsole
-    from megatron_adamba.training.report import print_rows, print_start
+    from megatron_adamba.training.report import print_rows, start_lines
     from megatron_adamba.training.run import build_run
     from megatron_adamba.training.trainer import Trainer
 
     built = build_run(plan, info)
     console = RunConsole(quiet=info.rank != 0)
-    print_start(console, built, parsed)
-    rows = Trainer(built, console, folder.leave).train()
+    lines = start_lines(built, parsed)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    rows = Trainer(built, console, folder.leave, lines).train()
     if rows:
         print_rows(console, rows)
     console.print(f"model written to {built.run_dir / 'model'}", highlight=False)

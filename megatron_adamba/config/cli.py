@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from megatron_adamba.config.depth import REASONS, derive_from_depth
 from megatron_adamba.config.ds_config import shipped_ds_configs
 from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.parser import CommandParser
 from megatron_adamba.config.peer_flags import peer_hint
 from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import nearest
@@ -58,17 +59,19 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def build_parser(prog: str) -> ArgumentParser:
+def build_parser(prog: str) -> CommandParser:
     """The parser of every script that takes a whole config."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         usage="%(prog)s [--preset NAME] [--config FILE] [--depth N] [--SECTION.FIELD VALUE ...]",
-        description="Later wins: defaults, preset, config file, command line. Lists are written a,b or [a,b]; null "
-        "unsets.",
-        exit_on_error=False,
-        allow_abbrev=False,
-        print_config=None,  # the library's own flag of that name knows nothing of our sources
+        description="Train an elastic hybrid language model.\n\n"
+        "Later wins: defaults, preset, config file, command line. Lists are written a,b or\n[a,b]; null unsets.",
+        examples=(
+            "adamba train --preset tiny-hybrid --print_config --summary",
+            "adamba train --preset tiny-hybrid --logging.run_dir runs/first",
+            "deepspeed --num_gpus 8 --module megatron_adamba train --preset adamba-6b",
+        ),
     )
     parser.add_argument("--preset", type=str, help="one of " + ", ".join(preset_names()))
     parser.add_argument(

@@ -27,15 +27,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        if default in (None, False, [], argparse.SUPPRESS) or "%(default)" in text:
+        if default is None or default is False or default in ([], argparse.SUPPRESS):
             return text
+        if isinstance(default, bool):
+            default = "true"
         if isinstance(default, list):
             default = ",".join(map(str, default))
         return f"{text} [{str(default).replace('%', '%%')}]".strip()
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         kind = getattr(action, "_typehint", action.type)  # where the library keeps what `type` was
-        return _METAVARS.get(kind) or super()._get_default_metavar_for_optional(action)
+        return _METAVARS.get(kind) or action.dest.rpartition(".")[2].upper()
 
 
 class CommandParser(ArgumentParser):

@@ -1,18 +1,18 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and W&B if asked; rank 0 only."""
+"""metrics.jsonl, and what else hears of its lines; rank 0 only."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.root import AdambaConfig
-from megatron_adamba.errors import ConfigError
 from megatron_adamba.files import as_storage_error, write_atomically
+from megatron_adamba.training.dashboards import Dashboard, tagged
 
 SET_ASIDE = "metrics-set-aside.jsonl"
 """beside metrics.jsonl: lines of steps that were taken again, of runs before, and lines that cannot be read"""
@@ -21,35 +21,39 @@ SET_ASIDE = "metrics-set-aside.jsonl"
 class MetricsWriter:
     """One JSON object a line, flushed at once; a resumed run sets lines from steps that it takes again aside."""
 
-    def __init__(self, config: AdambaConfig, run_dir: Path, first_step: int) -> None:
-        """Raises StorageError, as `write` and `close` do, where the disk is full or refuses to be written to."""
+    def __init__(
+        self,
+        config: AdambaConfig,
+        run_dir: Path,
+        first_step: int,
+        dashboards: Callable[[], list[Dashboard]] = list,
+        listener: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """dashboards: makes those that are asked for, once the lines are in order; listener: is called with each
+        record. Raises StorageError, as `write` and `close` do, where the disk is full or refuses to be written to."""
+        self._optimizer, self._listener = config.optimizer, listener
         self.path = run_dir / "metrics.jsonl"
         with _disk(self.path):
             _cut_back(self.path, first_step, first_step >= config.train.steps)
             self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the run
-        self._board = _tensorboard(run_dir, first_step) if config.logging.tensorboard else None
-        self._wandb = _wandb(config, run_dir) if config.logging.wandb_project else None
+            self._dashboards = dashboards()
 
     def write(self, record: dict[str, Any]) -> None:
         """record: has `step`; values that are not finite become null, as JSON has no word for them."""
         clean = {key: _finite(value) for key, value in record.items()}
-        numbers = {key: value for key, value in clean.items() if isinstance(value, (int, float)) and key != "step"}
         with _disk(self.path):
             self._file.write(json.dumps(clean).encode() + b"\n")
             self._file.flush()
-            if self._board is not None:
-                for key, value in numbers.items():
-                    self._board.add_scalar(key, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=record["step"])
+            for dashboard in self._dashboards:
+                dashboard.write(record["step"], tagged(clean, self._optimizer))
+        if self._listener is not None:
+            self._listener(clean)
 
     def close(self) -> None:
         with _disk(self.path):
             self._file.close()
-            if self._board is not None:
-                self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+            for dashboard in self._dashboards:
+                dashboard.close()
 
 
 @contextmanager
@@ -102,19 +106,3 @@ def _cut_back(path: Path, first_step: int, final: bool) -> None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _tensorboard(run_dir: Path, first_step: int):
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-
-
-def _wandb(config: AdambaConfig, run_dir: Path):
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            "--logging.wandb_project: wandb is not installed; pip install wandb, or leave it out"
-        ) from None
-    return wandb.init(project=config.logging.wandb_project, dir=str(run_dir), config=config.to_dict(), resume="allow")

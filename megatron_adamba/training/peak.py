@@ -1,7 +1,8 @@
-"""The matmul rate that model FLOPs utilisation is measured against."""
+"""What this machine gives and takes: the matmul rate behind model FLOPs utilisation, the peak of memory."""
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 
@@ -35,3 +36,10 @@ def _rate(dtype: torch.dtype, device: torch.device, size: int, repeats: int) -> 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors have held on a GPU so far, or that this process has held on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -104,7 +104,7 @@ def print_stages(
     )
 
 
-def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
+def start_lines(run: Run, parsed: ParsedArguments) -> list[str]:
     """The choices of this run, one line each."""
     config, info = run.plan.config, run.session.rank_info
     grid = run.plan.grid
@@ -120,6 +120,7 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
         f"sampling   {config.elastic.width_sampling}, {run.sampler.passes} pass(es) of each micro-batch",
         f"optimizer  {config.optimizer.name}, {config.optimizer.schedule}, {config.train.steps} steps",
     ]
+    lines += _untrained_widths(config)
     if config.checkpoint.init_from is not None:
         start = config.checkpoint.init_from
         lines.append(f"weights    of {start}, where there is nothing to resume; optimizer state starts anew")
@@ -133,8 +134,18 @@ def print_start(console: Console, run: Run, parsed: ParsedArguments) -> None:
         lines.append(f"pipeline   {stages.schedule}, blocks {held}; {bubble}")
     lines += [f"kernel     {name}: {choice}" for name, choice in available_kernels().items()]
     lines += [f"--depth {parsed.depth}   {key} = {value}  ({REASONS[key]})" for key, value in parsed.derived.items()]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return lines
+
+
+def _untrained_widths(config: AdambaConfig) -> list[str]:
+    widths = config.model.widths or []
+    if config.elastic.width_sampling != "full" or len(widths) < 2:
+        return []
+    *narrow, full = widths
+    return [
+        f"widths     {full} alone trains, with elastic.width_sampling full; {', '.join(map(str, narrow))} stay as they "
+        "are. --elastic.width_sampling sandwich trains all of them"
+    ]
 
 
 def _precision(run: Run, parsed: ParsedArguments) -> str:

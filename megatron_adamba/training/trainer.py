@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from megatron_adamba.engine.session import MicroStep, StepReport
 from megatron_adamba.errors import AdambaError, NonFiniteError, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
 from megatron_adamba.training.checkpointing import resume, start_saving, write_final_model
+from megatron_adamba.training.dashboards import Dashboard, TensorBoard, WeightsAndBiases
 from megatron_adamba.training.freeze import frozen_names
 from megatron_adamba.training.learning_watch import LearningWatch
 from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor, way_on
-from megatron_adamba.training.peak import matmul_rate
+from megatron_adamba.training.peak import matmul_rate, peak_memory
 from megatron_adamba.training.progress import ProgressView
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.run_tokenizer import saving_with_tokenizer
@@ -45,8 +46,17 @@ MOST_EXITS = 8
 class Trainer:
     """Runs a `Run` from its checkpoint or the start to its last step, on every rank alike."""
 
-    def __init__(self, run: Run, console: Console, leave: Callable[[AdambaError], None]) -> None:
-        """leave: ends the process, from whichever thread."""
+    def __init__(
+        self,
+        run: Run,
+        console: Console,
+        leave: Callable[[AdambaError], None],
+        description: Sequence[str] = (),
+        listener: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """leave: ends the process, from whichever thread; description: the run's choices, a line each, for dashboards;
+        listener: called on rank 0 with each record of metrics.jsonl."""
+        self.description, self.listener = description, listener
         self.run, self.console = run, console
         self.config, self.session = run.plan.config, run.session
         self.rank_info = run.session.rank_info
@@ -127,7 +137,15 @@ class Trainer:
     def _open_metrics(self) -> MetricsWriter | None:
         if not self.first_rank:
             return None
-        return MetricsWriter(self.config, self.run.run_dir, self.counters["step"])
+        return MetricsWriter(self.config, self.run.run_dir, self.counters["step"], self._make_dashboards, self.listener)
+
+    def _make_dashboards(self) -> list[Dashboard]:
+        logging_, run_dir, made = self.config.logging, self.run.run_dir, []
+        if logging_.tensorboard:
+            made.append(TensorBoard(self.config, run_dir, self.counters["step"], self.description))
+        if logging_.wandb_project:
+            made.append(WeightsAndBiases(self.config, run_dir, self.run.run_id, self.description))
+        return made
 
     def _maybe_resume(self) -> None:
         if not self.run.resume_from:
@@ -276,6 +294,7 @@ class Trainer:
             "mfu": self.flops / seconds / self.peak,
             "seconds": seconds,
             "seconds_left": (train.steps - self.counters["step"]) * self._mean_seconds(),
+            "peak_memory_bytes": peak_memory(self.device),
             "skipped": self.counters["skipped"],
         }
         if len(values) > 1:
