@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron_adamba.commands.command import Command
 from megatron_adamba.config.parser import CommandParser
 from megatron_adamba.config.rules import file_to_write, in_range
-from megatron_adamba.data.corpus import is_validation, iterate_documents
 from megatron_adamba.data.corpus_files import LeftOut
+from megatron_adamba.data.held_out import split_documents
 from megatron_adamba.data.sentencepiece_training import train_sentencepiece
 from megatron_adamba.data.tokenizer_options import MOST_IDS
 from megatron_adamba.errors import ConfigError
@@ -70,10 +70,9 @@ def check(args: Namespace) -> None:
 
 
 def documents(args: Namespace, held_out: bool, left_out: LeftOut) -> Iterator[str]:
-    for spec in args.input:
-        for identity, text in iterate_documents(spec, args.json_key, left_out):
-            if is_validation(identity, args.validation_fraction) == held_out:
-                yield text
+    for text, apart in split_documents(args.input, args.json_key, args.validation_fraction, left_out):
+        if apart == held_out:
+            yield text
 
 
 COMMAND = Command(

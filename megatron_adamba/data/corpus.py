@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sysconfig
@@ -50,14 +49,6 @@ def iterate_documents(spec: str, json_key: str = "text", left_out: LeftOut | Non
     if count == 0:
         why = here.described() or "no files"
         raise DataError(f"--input {spec}: there is no document in it ({why}); {PYTHON_STDLIB} always works")
-
-
-def is_validation(identity: str, validation_fraction: float) -> bool:
-    """Whether the document of this id is held out: a pure function of the id, near `validation_fraction` of all."""
-    draw = int.from_bytes(
-        hashlib.blake2b(identity.encode("utf-8", errors="surrogateescape"), digest_size=8).digest(), "big"
-    )
-    return draw < validation_fraction * 2.0**64
 
 
 def _files(spec: str, left_out: LeftOut) -> list[tuple[str, Path]]:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from megatron_adamba.config.rules import file_to_write, folder_to_write, in_range
-from megatron_adamba.data.corpus import is_validation, iterate_documents
 from megatron_adamba.data.corpus_files import LeftOut
+from megatron_adamba.data.held_out import split_documents
 from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
 from megatron_adamba.data.indexed_dataset import DatasetMeta, token_dtype
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
@@ -125,13 +125,13 @@ def _tokenizer(options: PreprocessOptions) -> Tokenizer:
 def _chunks(options: PreprocessOptions, left_out: LeftOut) -> Iterator[Chunk]:
     chunk: Chunk = []
     characters = 0
-    for spec in options.inputs:
-        for identity, text in iterate_documents(spec, options.json_key, left_out):
-            chunk.append((text, options.split and is_validation(identity, options.validation_fraction)))
-            characters += len(text)
-            if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
-                yield chunk
-                chunk, characters = [], 0
+    fraction = options.validation_fraction if options.split else 0.0
+    for document in split_documents(options.inputs, options.json_key, fraction, left_out):
+        chunk.append(document)
+        characters += len(document[0])
+        if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
     if chunk:
         yield chunk
 

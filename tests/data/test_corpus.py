@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_adamba.data.corpus import is_validation, iterate_documents
+from megatron_adamba.data.corpus import iterate_documents
 from megatron_adamba.data.corpus_files import LeftOut
+from megatron_adamba.data.held_out import is_validation
 from megatron_adamba.errors import DataError
 
 

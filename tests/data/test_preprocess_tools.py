@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from data_helpers import INDENTED
 
-from megatron_adamba.data.corpus import is_validation
+from megatron_adamba.data.held_out import is_validation
 from megatron_adamba.data.indexed_dataset import IndexedDataset
 from megatron_adamba.data.preprocess import PreprocessOptions, preprocess
 from megatron_adamba.data.tokenizer import load_tokenizer
@@ -78,11 +78,14 @@ def test_files_do_not_depend_on_the_number_of_workers(corpus: Path, tmp_path: Pa
         ({"--tokenizer": "missing.model"}, 4, "no such file"),
         ({"--validation-fraction": "1.5"}, 2, "e.g. 0.05"),
         ({"--workers": "0"}, 2, "at least one worker"),
-        ({"--validation-fraction": "0.00001"}, 3, "leaves validation without a document"),
+        ({"--input": "ONE"}, 3, "leaves validation without a document (1 in all)"),
     ],
 )
 def test_errors_are_one_line_with_an_exit_code(corpus: Path, tmp_path: Path, changes: dict, code: int, words: str):
     given = {"--input": corpus, "--tokenizer": "bytes", "--output": tmp_path / "data", **changes}
+    if given["--input"] == "ONE":
+        given["--input"] = tmp_path.parent / "one.txt"
+        given["--input"].write_text("x")
     done = run_tool("preprocess_data.py", "--split", *(word for pair in given.items() for word in pair))
     assert done.returncode == code
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr

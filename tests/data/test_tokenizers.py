@@ -14,7 +14,8 @@ from data_helpers import INDENTED, TABBED
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_adamba.data.corpus import is_validation, iterate_documents
+from megatron_adamba.data.corpus import iterate_documents
+from megatron_adamba.data.held_out import is_validation
 from megatron_adamba.data.sentencepiece_training import train_sentencepiece
 from megatron_adamba.data.tokenizer import load_tokenizer
 from megatron_adamba.data.tokenizer_sentencepiece import SentencePieceTokenizer
