@@ -33,7 +33,9 @@ def start(words: Sequence[str], prog: str) -> int:
     told = lambda error: first_rank() or (parsed is not None and tells_for_others(str(error)))
     try:
         parsed = parse_arguments(words, prog)
-        return show_config(parsed) if parsed.print_config or parsed.summary else train(parsed)
+        if parsed.print_config or parsed.summary:
+            return show_config(parsed)
+        return train_on_own_text(parsed, words, prog) if parsed.inputs else train(parsed)
     except AdambaError as error:
         return fail(error, told(error))
     except OSError as error:
@@ -93,6 +95,21 @@ def show_config(parsed: ParsedArguments) -> int:
             stages = plan_stages(model, config.parallel, config.train.seq_len, config.model.block_pattern)
             print_stages(console, model, stages, config.train, micro_steps(config))
     return 0
+
+
+def train_on_own_text(parsed: ParsedArguments, words: Sequence[str], prog: str) -> int:
+    from megatron_adamba.commands.own_text import finish, prepare
+    from megatron_adamba.training.progress import RunConsole
+
+    console = RunConsole()
+    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
+    own = prepare(parsed, words, prog, say)
+    for line in own.lines:
+        say(line)
+    code = train(parse_arguments(own.words, prog))
+    if code == 0:
+        finish(own, prog)
+    return code
 
 
 def train(parsed: ParsedArguments) -> int:

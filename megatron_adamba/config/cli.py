@@ -52,6 +52,10 @@ class ParsedArguments:
     depth: int | None = None
     derived: dict[str, Any] = field(default_factory=dict)
     """what the depth dial set and nothing later overrode"""
+    inputs: list[str] = field(default_factory=list)
+    """texts to make the dataset from"""
+    minutes: float = 10.0
+    has_preset: bool = False
 
 
 def preset_names() -> list[str]:
@@ -68,6 +72,7 @@ def build_parser(prog: str) -> CommandParser:
         description="Train an elastic hybrid language model.\n\n"
         "Later wins: defaults, preset, config file, command line. Lists are written a,b or\n[a,b]; null unsets.",
         examples=(
+            "adamba train --input book.txt --minutes 10",
             "adamba train --preset tiny-hybrid --print_config --summary",
             "adamba train --preset tiny-hybrid --logging.run_dir runs/first",
             "deepspeed --num_gpus 8 --module megatron_adamba train --preset adamba-6b",
@@ -86,6 +91,9 @@ def build_parser(prog: str) -> CommandParser:
         type=str,
         help=f"what DeepSpeed owns: a JSON file, or one of ours: {', '.join(shipped_ds_configs())}",
     )
+    text = "texts of your own: files or folders; makes tokenizer and dataset, trains, evaluates, all in one run folder"
+    parser.add_argument("--input", nargs="+", type=str, metavar="PATH", help=text)
+    parser.add_argument("--minutes", type=float, help="with --input: what all of it may take; 10 by default")
     parser.add_argument("--local_rank", type=int, help="given by launchers; the environment decides")
     parser.add_argument("--resume", type=str, help="short for --checkpoint.resume")
     parser.add_argument("--print_config", action="store_true", help="show each value and where it came from, and stop")
@@ -106,6 +114,8 @@ def parse_arguments(argv: Sequence[str], prog: str = "adamba train") -> ParsedAr
     _check_flags(argv, parser, known)
     words = _with_brackets(argv, _list_keys())
     given = _parse(parser, lambda: parser.parse_args(words, defaults=False), "command line")
+    if given.get("minutes") is not None and not given.get("input"):
+        raise ConfigError("--minutes: goes with --input PATH; without it write --train.steps N")
     layers: list[tuple[str, dict[str, Any]]] = []
     if given.get("preset") is not None:
         name = given["preset"]
@@ -148,6 +158,9 @@ def _merge(parser: ArgumentParser, layers: list[tuple[str, dict]], given: Namesp
         summary=bool(given.get("summary")),
         depth=depth,
         derived=derived,
+        inputs=list(given.get("input") or ()),
+        minutes=10.0 if given.get("minutes") is None else given["minutes"],
+        has_preset=given.get("preset") is not None,
     )
 
 
