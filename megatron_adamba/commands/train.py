@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from megatron_adamba.commands.command import Program
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED, leave
-from megatron_adamba.engine.environment import first_rank, tells_for_others
+from megatron_adamba.engine.environment import tells_before_ranks_meet
 from megatron_adamba.errors import AdambaError, TokenizerError
-from megatron_adamba.files import as_storage_error
+from megatron_adamba.files import as_user_error
 
 if TYPE_CHECKING:
     from megatron_adamba.engine.launch import RankInfo
@@ -28,9 +28,7 @@ def start(words: Sequence[str], prog: str) -> int:
     """Returns the exit code; what fails is told here, by the rank that has to."""
     # torch prints a C++ stack where a peer's store is gone; what that means is said in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    parsed = None
-    # a command line is the same on all ranks, and files may not be
-    told = lambda error: first_rank() or (parsed is not None and tells_for_others(str(error)))
+    told = lambda error: tells_before_ranks_meet(str(error))
     try:
         parsed = parse_arguments(words, prog)
         if parsed.print_config or parsed.summary:
@@ -39,7 +37,7 @@ def start(words: Sequence[str], prog: str) -> int:
     except AdambaError as error:
         return fail(error, told(error))
     except OSError as error:
-        found = as_storage_error(error, str(error.filename or "writing"))
+        found = as_user_error(error, str(error.filename or "writing"))
         if found is None:
             raise
         return fail(found, told(found))
@@ -117,25 +115,31 @@ def train(parsed: ParsedArguments) -> int:
     from megatron_adamba.engine.lost_ranks import FailureNote, lost_ranks_named
     from megatron_adamba.training.run import plan_run
     from megatron_adamba.training.run_folder import RunFolder
+    from megatron_adamba.training.same_settings import check_same_settings
 
     plan = plan_run(parsed, world_size_from_environment())
     info = start_distributed()
     try:
+        check_same_settings(plan.config)
         with RunFolder(Path(plan.config.logging.run_dir), info.rank) as folder:
             note = FailureNote(folder.path)
             try:
                 with lost_ranks_named(info, note):
                     return run(parsed, plan, info, folder)
-            except (AdambaError, OSError) as error:
-                found = error if isinstance(error, AdambaError) else as_storage_error(error, str(folder.path))
-                if found is None:
-                    raise
-                return fail(found, note.tells(info.rank, found))
             except Exception as error:
+                if found := _told(error, folder.path):
+                    return fail(found, note.tells(info.rank, found))
                 note.leave(info.rank, f"{type(error).__name__}: {error}")
                 raise
     finally:
         stop_distributed()
+
+
+def _told(error: Exception, folder: Path) -> AdambaError | None:
+    """The user's error for what they or their disk did; None for a defect."""
+    if isinstance(error, AdambaError):
+        return error
+    return as_user_error(error, str(folder)) if isinstance(error, OSError) else None
 
 
 def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:
