@@ -8,20 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_adamba.commands.command import Program
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED, leave
-from megatron_adamba.engine.environment import tells_before_ranks_meet
+from megatron_adamba.engine.environment import first_rank, tells_before_ranks_meet
 from megatron_adamba.errors import AdambaError, TokenizerError
 from megatron_adamba.files import as_user_error
-
-if TYPE_CHECKING:
-    from megatron_adamba.engine.launch import RankInfo
-    from megatron_adamba.training.run import RunPlan
-    from megatron_adamba.training.run_folder import RunFolder
 
 
 def start(words: Sequence[str], prog: str) -> int:
@@ -111,52 +104,19 @@ def train_on_own_text(parsed: ParsedArguments, words: Sequence[str], prog: str) 
 
 
 def train(parsed: ParsedArguments) -> int:
-    from megatron_adamba.engine.launch import start_distributed, stop_distributed, world_size_from_environment
-    from megatron_adamba.engine.lost_ranks import FailureNote, lost_ranks_named
-    from megatron_adamba.training.run import plan_run
-    from megatron_adamba.training.run_folder import RunFolder
-    from megatron_adamba.training.same_settings import check_same_settings
-
-    plan = plan_run(parsed, world_size_from_environment())
-    info = start_distributed()
-    try:
-        check_same_settings(plan.config)
-        with RunFolder(Path(plan.config.logging.run_dir), info.rank) as folder:
-            note = FailureNote(folder.path)
-            try:
-                with lost_ranks_named(info, note):
-                    return run(parsed, plan, info, folder)
-            except Exception as error:
-                if found := _told(error, folder.path):
-                    return fail(found, note.tells(info.rank, found))
-                note.leave(info.rank, f"{type(error).__name__}: {error}")
-                raise
-    finally:
-        stop_distributed()
-
-
-def _told(error: Exception, folder: Path) -> AdambaError | None:
-    """The user's error for what they or their disk did; None for a defect."""
-    if isinstance(error, AdambaError):
-        return error
-    return as_user_error(error, str(folder)) if isinstance(error, OSError) else None
-
-
-def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:
+    from megatron_adamba.training.job import run_job
     from megatron_adamba.training.progress import RunConsole
-    from megatron_adamba.training.report import print_rows, start_lines
-    from megatron_adamba.training.run import build_run
-    from megatron_adamba.training.trainer import Trainer
+    from megatron_adamba.training.report import print_rows
 
-    built = build_run(plan, info)
-    console = RunConsole(quiet=info.rank != 0)
-    lines = start_lines(built, parsed)
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    rows = Trainer(built, console, folder.leave, lines).train()
-    if rows:
-        print_rows(console, rows)
-    console.print(f"model written to {built.run_dir / 'model'}", highlight=False)
+    codes: list[int] = []
+    # rank 0 alone shows how it goes
+    console = RunConsole(quiet=not first_rank())
+    done = run_job(parsed, console, lambda error, tell: codes.append(fail(error, tell)))
+    if done is None:
+        return codes[0]
+    if done.rows:
+        print_rows(console, done.rows)
+    console.print(f"model written to {done.folder / 'model'}", highlight=False)
     return 0
 
 
