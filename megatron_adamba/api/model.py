@@ -122,9 +122,9 @@ class Model:
         """
         given = {} if exit_threshold is None else {"exit_threshold": exit_threshold}
         try:
-            count("--max-new-tokens", max_new_tokens, 2**24)
+            count("max_new_tokens", max_new_tokens, 2**24)
             if not prompt:
-                raise ConfigError("--prompt: is empty; give at least one character")
+                raise ConfigError("prompt: is empty; give at least one character")
             chosen = Mode(mode, width, given, energy_price)
             sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
             ids = [self.tokenizer.eod_id, *self.tokenizer.encode(clean_text(prompt))]
