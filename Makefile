@@ -1,4 +1,4 @@
-.PHONY: setup quickstart test test-all lint
+.PHONY: setup quickstart test test-all lint docs
 
 setup:            ## .venv with everything a run needs
 	bash tools/setup.sh run
@@ -19,3 +19,7 @@ lint:             ## ruff and the floors' import test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -q tests/test_floors.py
+
+docs:             ## the pages as a site, in build/site
+	bash tools/setup.sh test
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet

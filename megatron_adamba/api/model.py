@@ -113,10 +113,13 @@ class Model:
             width: a width of the nest instead of a mode.
             max_new_tokens: at most so many.
             temperature: 0 takes the most likely token.
-            top_k, top_p, repetition_penalty: 0, 1 and 1 turn them off.
+            top_k: only so many of the most likely tokens; 0 turns it off.
+            top_p: only the most likely tokens that make up this share; 1 turns it off.
+            repetition_penalty: of tokens that came before; 1 turns it off.
             stop: strings that end the text, themselves left out.
             seed: the same one gives the same text.
-            exit_threshold, energy_price: of `adaptive`, see `adamba generate --help`.
+            exit_threshold: of `adaptive`: confidence above which a token leaves.
+            energy_price: of `adaptive`: nats that all compute is worth; None chooses widths by look-up.
 
         Raises ConfigError, at the first token.
         """

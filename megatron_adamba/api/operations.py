@@ -112,7 +112,9 @@ def expand(
 
     Args:
         heads: add-heads | grow-dim.
-        rank, std, seed: of new weights that read: A @ B, A of that standard deviation.
+        rank: of new weights that read: A @ B.
+        std: standard deviation of A.
+        seed: of the new weights.
         sizes: num_kv_groups, ffn_size, expert_ffn_size, mamba_num_groups; in proportion by default.
     """
     one_of("heads", heads, ("add-heads", "grow-dim"))
@@ -204,7 +206,8 @@ def compare(
     Args:
         data: prefix of a dataset.
         tokens: only the first so many.
-        width, exit_layer: of the first where the second was extracted from it; of both otherwise.
+        width: of the first where the second was extracted from it; of both otherwise.
+        exit_layer: likewise.
     """
     folders = (Path(first), Path(second))
     plans = comparable_plans(folders, width, None, exit_layer)

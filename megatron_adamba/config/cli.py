@@ -237,7 +237,7 @@ def _preset_values(name: str) -> dict[str, Any]:
 
 
 def _file_values(path: str) -> dict[str, Any]:
-    content = read_regular(Path(path), ConfigError, "give a YAML file such as examples/own_text.yaml", flag="--config")
+    content = read_regular(Path(path), ConfigError, "give a YAML file; --print_config prints one", flag="--config")
     try:
         values = yaml.safe_load(content)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
