@@ -51,7 +51,7 @@ class Recipe:
         return (
             self._with("train", why, settings)
             ._with("optimizer", "short warm-up", {"warmup_steps": min(20, max(steps // 10, 1))})
-            ._with("checkpoint", "an interrupted run goes on", {"interval": max(steps // 4, 1), "resume": "auto"})
+            ._with("checkpoint", "four times on the way", {"interval": max(steps // 4, 1)})
             ._with("logging", "some hundred lines", {"interval": max(steps // 100, 1)})
         )
 
@@ -90,7 +90,8 @@ def recipe_for(tokens: int, data: str, tokenizer: str, scaled: bool) -> Recipe:
         "data": (
             "made from the texts",
             {"train": [f"{data}/train"], "validation": [f"{data}/validation"], "tokenizer": tokenizer},
-        )
+        ),
+        "checkpoint": ("the same command goes on where the run stopped", {"resume": "auto"}),
     }
     longest = 1 << max((tokens // 16).bit_length() - 1, 3)
     seq_len = min(256 if tokens < 5_000_000 else 512, longest)
