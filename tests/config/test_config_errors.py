@@ -43,17 +43,25 @@ FLAGS = [
     (["--depth", "0"], "--depth 0: must be 1 or more, for example --depth 12"),
     (["--preset", "adamba-6"], "--preset adamba-6: unknown; did you mean adamba-6b? (presets: adamba-20b, adamba-6b,"),
     (["--config", "/nowhere/run.yaml"], "--config /nowhere/run.yaml: No such file or directory; give a YAML file"),
-    (["--train.steps", "0"], "--train.steps 0: must be above 0, for example --train.steps 1"),
-    (["--train.eval_interval", "-1"], "--train.eval_interval -1: must lie between 0 and inf"),
-    (["--train.gradient_clipping", "-1"], "--train.gradient_clipping -1.0: must lie between 0 and inf"),
+    (["--train.steps", "0"], "--train.steps 0: must be above 0, for example --train.steps 1000"),
+    (["--train.eval_interval", "-1"], "--train.eval_interval -1: must be at least 0, for example"),
+    (["--train.gradient_clipping", "-1"], "--train.gradient_clipping -1.0: must be at least 0, for example"),
     (["--elastic.sandwich_passes", "1"], "--elastic.sandwich_passes 1: must lie between 2 and 64"),
     (["--elastic.plans_per_step", "0"], "--elastic.plans_per_step 0: must be above 0"),
     (["--elastic.width_sampling", "per-layer"], "full, uniform, per_layer, sandwich; for example --elastic.width_samp"),
     (["--gates.loss", "mse"], "--gates.loss mse: must be one of squared_error, deviance"),
     (["--gates.target", "sign"], "--gates.target sign: must be one of relative, signed, divergence, absolute"),
     (["--gates.loss", "deviance", "--gates.target", "absolute"], "is a share; try --gates.loss squared_error"),
+    (["--optimizer.eps", "0"], "--optimizer.eps 0.0: must be above 0, for example --optimizer.eps 1e-08"),
+    (["--optimizer.eps", ".inf"], "--optimizer.eps inf: must be above 0 and finite, for example"),
+    (
+        ["--optimizer.head_lr", "-1"],
+        "--optimizer.head_lr -1.0: must be at least 0, for example --optimizer.head_lr 0.0",
+    ),
+    (["--optimizer.weight_decay", ".inf"], "--optimizer.weight_decay inf: must be at least 0 and finite, for example"),
+    (["--train.gradient_clipping", ".nan"], "--train.gradient_clipping nan: must be at least 0 and finite"),
     (["--checkpoint.keep_last", "0"], "--checkpoint.keep_last 0: must be above 0"),
-    (["--checkpoint.interval", "-5"], "--checkpoint.interval -5: must lie between"),
+    (["--checkpoint.interval", "-5"], "--checkpoint.interval -5: must be at least 0"),
     (["--logging.interval", "0"], "--logging.interval 0: must be above 0"),
     (["--parallel.tp", "0"], "--parallel.tp 0: must be above 0"),
     (
@@ -64,7 +72,10 @@ FLAGS = [
     (["--optimizer.lr", "0"], "--optimizer.lr 0.0: must be above 0"),
     (["--optimizer.lr", "nan"], "--optimizer.lr: Expected a <class 'float'>"),
     (["--optimizer.beta2", "1.5"], "--optimizer.beta2 1.5: must lie between 0 and 1"),
-    (["--optimizer.warmup_steps", "-1"], "--optimizer.warmup_steps -1: must lie between"),
+    (
+        ["--optimizer.warmup_steps", "-1"],
+        "--optimizer.warmup_steps -1: must be at least 0, for example --optimizer.warmup_steps",
+    ),
     (
         ["--model.activation", "swigl"],
         "--model.activation swigl: must be one of relu2, swiglu; for example --model.activ",
@@ -81,7 +92,7 @@ FLAGS = [
     (["--model.vocab_size", "0"], "--model.vocab_size 0: must be above 0"),
     (["--model.static_norm_size", "-1"], "--model.static_norm_size -1: must be above 0"),
     (["--model.sliding_window", "0"], "--model.sliding_window 0: must be above 0"),
-    (["--model.logit_softcap", "-15"], "--model.logit_softcap -15.0: must lie between 0 and inf"),
+    (["--model.logit_softcap", "-15"], "--model.logit_softcap -15.0: must be at least 0"),
 ]
 
 
