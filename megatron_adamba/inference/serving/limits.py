@@ -10,6 +10,9 @@ from starlette.exceptions import HTTPException
 from megatron_adamba.config.rules import in_range
 from megatron_adamba.inference.text_stream import clean_text
 
+_LONGEST_END = 200
+"""characters at the beginning and at the end of a message"""
+
 
 @dataclass(frozen=True)
 class ServerLimits:
@@ -84,6 +87,13 @@ class BodyLimit:
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict:
-    """As OpenAI's clients read it; what it quotes of a request may hold halves of pairs."""
-    param = None if param is None else clean_text(param)
-    return {"error": {"message": clean_text(message), "type": kind, "param": param, "code": code}}
+    """As OpenAI's clients read it; what it quotes of a request may hold halves of pairs, and be as long as that."""
+    param = None if param is None else _quotable(param)
+    return {"error": {"message": _quotable(message), "type": kind, "param": param, "code": code}}
+
+
+def _quotable(text: str) -> str:
+    """Without the middle, where it is long: what is wrong stands at one end."""
+    if len(text) > 2 * _LONGEST_END:
+        text = f"{text[:_LONGEST_END]} ... {text[-_LONGEST_END:]}"
+    return clean_text(text)
