@@ -44,7 +44,13 @@ def start(words: Sequence[str], prog: str) -> int:
             raise
         return fail(found, told(found))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return fail(Interrupted("interrupted; nothing was saved"), first_rank())
+
+
+class Interrupted(AdambaError):
+    """Ctrl-C where nothing is there to be saved yet, or a second one, which does not wait for that."""
+
+    exit_code = INTERRUPTED
 
 
 def fail(error: AdambaError, tell: bool) -> int:
@@ -126,6 +132,8 @@ def train(parsed: ParsedArguments) -> int:
             try:
                 with lost_ranks_named(info, note):
                     return run(parsed, plan, info, folder)
+            except KeyboardInterrupt:
+                return fail(Interrupted(f"interrupted; {what_is_saved(folder.path)}"), info.rank == 0)
             except (AdambaError, OSError) as error:
                 found = error if isinstance(error, AdambaError) else as_storage_error(error, str(folder.path))
                 if found is None:
@@ -136,6 +144,17 @@ def train(parsed: ParsedArguments) -> int:
                 raise
     finally:
         stop_distributed()
+
+
+def what_is_saved(run_dir: Path) -> str:
+    """For the user who did not wait for it to be done."""
+    from megatron_adamba.checkpoint.training import latest_checkpoint
+
+    try:
+        found = latest_checkpoint(run_dir / "checkpoints")
+    except AdambaError as error:
+        return f"nothing was saved ({error})"
+    return f"the last checkpoint is {found}; go on with --resume auto" if found else "nothing was saved"
 
 
 def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:

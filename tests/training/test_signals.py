@@ -50,6 +50,41 @@ def test_signals_of_slurm_and_terminals_save(tmp_path, data, number):
     assert max(losses(run)) == step
 
 
+def test_a_signal_to_one_rank_is_named_by_the_other(tmp_path, data):
+    """Short steps: all ranks stop at the end of one, before any of them looks for words of others."""
+    run = tmp_path / "run"
+    processes = start(2, arguments(data, run, train__steps=5000, checkpoint__interval=0))
+    metrics = run / "metrics.jsonl"
+    wait_until(processes, lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    processes[1].send_signal(signal.SIGUSR2)
+    told = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [8, 8]
+    assert "error: SIGUSR2: saved " in told[0] and "".join(told).count("error: ") == 1
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_second_interrupt_does_not_wait(tmp_path, data, saved):
+    """It says what there is: nothing, or an earlier checkpoint."""
+    run = tmp_path / "run"
+    if saved:
+        train(1, arguments(data, run, train__steps=2, checkpoint__interval=0))
+    words = arguments(data, run, train__steps=4, checkpoint__interval=0, train__global_batch_size=40000)
+    processes = start(1, [*words, "--resume", "auto"])
+    log = run / "logs" / "rank-0.log"
+    begun = lambda: "resumed from" in log.read_text() if saved else (run / "metrics.jsonl").exists()
+    wait_until(processes, begun)
+    time.sleep(2)
+    for _ in range(2):
+        processes[0].send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, errors = processes[0].communicate(timeout=60)
+    what = (
+        f"the last checkpoint is {run}/checkpoints/step-00000002; go on with --resume auto" if saved else "nothing was"
+    )
+    assert processes[0].returncode == 130 and f"error: interrupted; {what}" in errors
+    assert errors.count("error: ") == 1 and "Traceback" not in errors
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path, data):
     """nohup's way of asking that a closing terminal does not matter."""
     run = tmp_path / "run"
