@@ -268,6 +268,8 @@ class CheckpointConfig:
     def check(self) -> None:
         at_least("--checkpoint.interval", self.interval, 0, usual(self, "interval"))
         positive("--checkpoint.keep_last", self.keep_last, usual(self, "keep_last"))
+        if not self.resume:
+            raise ConfigError("--resume '': is empty; give auto, never or the folder of a checkpoint")
 
 
 @dataclass
@@ -286,4 +288,6 @@ class LoggingConfig:
     """live progress on rank 0"""
 
     def check(self) -> None:
+        if not self.run_dir:
+            raise ConfigError(f"--logging.run_dir '': is empty; for example --logging.run_dir {usual(self, 'run_dir')}")
         positive("--logging.interval", self.interval, usual(self, "interval"))

@@ -60,6 +60,10 @@ FLAGS = [
     ),
     (["--optimizer.weight_decay", ".inf"], "--optimizer.weight_decay inf: must be at least 0 and finite, for example"),
     (["--train.gradient_clipping", ".nan"], "--train.gradient_clipping nan: must be at least 0 and finite"),
+    (["--logging.run_dir", ""], "--logging.run_dir '': is empty; for example --logging.run_dir runs/default"),
+    (["--resume", ""], "--resume '': is empty; give auto, never or the folder of a checkpoint"),
+    (["--checkpoint.resume="], "--resume '': is empty; give auto"),
+    (["--checkpoint.init_from", ""], "--checkpoint.init_from '': is empty; give the folder of a model"),
     (["--checkpoint.keep_last", "0"], "--checkpoint.keep_last 0: must be above 0"),
     (["--checkpoint.interval", "-5"], "--checkpoint.interval -5: must be at least 0"),
     (["--logging.interval", "0"], "--logging.interval 0: must be above 0"),
@@ -113,6 +117,12 @@ FILES = [
     ("a: [", "not YAML"),
     ("[1, 2]", "must hold sections such as `model:`"),
     ("", "must hold sections such as `model:`"),
+    ("1: 2", "unknown section 1"),
+    ("null: {steps: 2}", "unknown section None"),
+    ("train: {1: 2}", "unknown key train.1"),
+    ("train: {steps: 2}\ntrain: {seq_len: 64}", "train is given twice, in lines 1 and 2; write it once"),
+    ("train:\n  steps: 2\n  seq_len: 64\n  steps: 3", "steps is given twice, in lines 2 and 4; write it once"),
+    ("model: {modes: {ghost: 64, ghost: 32}}", "ghost is given twice, in lines 1 and 1; write it once"),
     ("train: {steps: -4}", "--train.steps -4: must be above 0"),
 ]
 
@@ -219,3 +229,17 @@ def test_numbers_beyond_all_use_name_their_flag(words):
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_save_now_and_then(name):
     assert parse_arguments(["--preset", name]).config.checkpoint.interval > 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/dev/null/x"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_run_folder_that_cannot_be(adamba, tmp_path, place, own):
+    (tmp_path / "file").write_text("x")
+    folder = place if place[0] == "/" else f"{tmp_path}/{place}"
+    data = (
+        ["--input", tmp_path / "file"] if own else ["--data.tokenizer", "bytes", "--data.train", tmp_path / "nothing"]
+    )
+    code, out, err = adamba("train", "--preset", "tiny-hybrid", *data, "--logging.run_dir", folder)
+    blocked = "/dev/null" if place[0] == "/" else f"{tmp_path}/file"
+    assert (code, out) == (2, "") and err.startswith(f"error: --logging.run_dir: {blocked} is no folder; for example")
+    assert err.count("\n") == 1

@@ -10,6 +10,8 @@ import time
 import pytest
 from training.runs import ROOT, arguments, environment, free_port, losses, train
 
+from megatron_adamba.training.signals import StopRequest
+
 
 def start(ranks: int, words: list[str]) -> list[subprocess.Popen]:
     port, processes = str(free_port()), []
@@ -60,6 +62,26 @@ def test_a_signal_to_one_rank_is_named_by_the_other(tmp_path, data):
     told = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [8, 8]
     assert "error: SIGUSR2: saved " in told[0] and "".join(told).count("error: ") == 1
+
+
+def test_what_asked_is_known_before_ranks_agree_to_stop(tmp_path):
+    """Of two ranks the one without a signal may end before its thread has looked at the board."""
+
+    class Board:
+        words: str | None = None
+
+        def write(self, topic: str, text: str) -> None:
+            self.words = text
+
+        def read(self, topic: str) -> str | None:
+            return self.words
+
+    board = Board()
+    ranks = [StopRequest(lambda: tmp_path, board, lambda line: None, lambda error: None) for _ in range(2)]
+    with ranks[1]:
+        signal.raise_signal(signal.SIGUSR2)
+        assert [rank.asked() for rank in ranks] == [False, True]
+        assert str(ranks[0].stopped(tmp_path)).startswith(f"SIGUSR2: saved {tmp_path}; ")
 
 
 @pytest.mark.parametrize("saved", [False, True])
