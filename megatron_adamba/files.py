@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -89,6 +90,16 @@ def _write_through(descriptor: int, content: bytes) -> None:
         left = left[os.write(descriptor, left) :]
 
 
+def remove(path: Path) -> None:
+    """Takes away a file, a link (not what it leads to) or a whole folder; nothing there is fine, and so is what cannot
+    be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def as_storage_error(error: OSError, what: str) -> StorageError | None:
     """The user's error for a disk that takes no more, None for any other failure."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
@@ -96,3 +107,11 @@ def as_storage_error(error: OSError, what: str) -> StorageError | None:
             f"{what}: {error.strerror}; free some space or choose another folder (nothing was replaced)"
         )
     return None
+
+
+def as_user_error(error: OSError, what: str) -> StorageError | None:
+    """The user's error for a disk that takes no more and for a path that is not what it has to be; None for failures
+    that name no path, such as those of connections."""
+    if (full := as_storage_error(error, what)) or not error.filename:
+        return full
+    return StorageError(f"{error.filename}: {error.strerror or type(error).__name__}; put that right and start again")

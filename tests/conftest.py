@@ -27,6 +27,12 @@ LONG_FILES = (
 
 
 def pytest_collection_modifyitems(items):
+    from slow_list import slow_names
+
+    slow, quick = slow_names()
+    for item in items:
+        if item.nodeid.startswith(slow) and not item.nodeid.startswith(quick):
+            item.add_marker(pytest.mark.slow)
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG_FILES, -counts[item.path], item.path))
 

@@ -32,7 +32,7 @@ FLOORS = (
     {"engine"},
     {"evaluation"},
     {"training", "inference", "surgery"},
-    {"commands"},
+    {"commands", "api"},
     {"__main__"},
 )
 """lowest first; rooms on one floor do not import each other"""
@@ -89,6 +89,8 @@ def test_a_room_imports_only_what_lies_below_it():
     wrong = []
     for module, line, name in all_imports():
         here, there = room_of(module), room_of(name)
+        if module == PACKAGE:
+            continue  # the front of the house shows what is on the top floor
         if there is not None and there != here and level[there] >= level[here]:
             wrong.append(f"{module}:{line} ({here}, floor {level[here]}) imports {name} (floor {level[there]})")
     assert not wrong, "\n".join(wrong)

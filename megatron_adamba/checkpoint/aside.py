@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_adamba.files import as_storage_error, sync_directory
+from megatron_adamba.files import as_storage_error, remove, sync_directory
 
 
 @contextmanager
@@ -23,14 +23,14 @@ def written_aside(folder: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         sync_directory(aside)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        remove(old)
+        if os.path.lexists(folder):
             folder.rename(old)
         aside.rename(folder)
         sync_directory(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         if not isinstance(error, OSError):
             raise
         raise as_storage_error(error, str(folder)) or error from None
@@ -38,7 +38,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 def clear_leftovers(folder: Path) -> None:
     """Take away what a process left that was killed while it wrote `folder`."""
-    shutil.rmtree(_beside(folder, ".tmp"), ignore_errors=True)
+    remove(_beside(folder, ".tmp"))
 
 
 def _beside(folder: Path, end: str) -> Path:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_adamba.files import sync_directory
+from megatron_adamba.files import remove, sync_directory
 
 STATE_FILE, FILES_FILE, LATEST = "state.json", "files.json", "latest"
 SET_ASIDE = "set-aside"
@@ -61,7 +61,7 @@ def bring_back(root: Path) -> None:
     """Give checkpoints their names again that a process was killed over, between the two renames that replace one."""
     for replaced in root.glob(f"step-*{_REPLACED}"):
         final = root / replaced.name.removesuffix(_REPLACED)
-        if step_of(final) is not None and not final.exists():
+        if step_of(final) is not None and not os.path.lexists(final):
             replaced.rename(final)
 
 
@@ -71,7 +71,7 @@ def make_room(root: Path, step: int) -> Path:
     bring_back(root)
     for stale in root.glob("step-*.tmp"):
         if _ON_ITS_WAY.fullmatch(stale.name):
-            shutil.rmtree(stale, ignore_errors=True)
+            remove(stale)
     aside = root / f"{checkpoint_name(step)}.tmp"
     aside.mkdir()
     return aside
@@ -80,7 +80,7 @@ def make_room(root: Path, step: int) -> Path:
 def put_in_place(aside: Path, final: Path, run_id: str | None) -> None:
     """Rename; a folder of that name that another run wrote is set aside, an own one goes when the new one is in."""
     replaced = None
-    if final.exists():
+    if os.path.lexists(final):
         if run_id is not None and run_id_of(final) == run_id:
             replaced = final.rename(final.with_name(final.name + _REPLACED))
         else:
@@ -88,7 +88,7 @@ def put_in_place(aside: Path, final: Path, run_id: str | None) -> None:
     aside.rename(final)
     sync_directory(final.parent)
     if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
 
 
 def prune(root: Path, newest: Path, keep_last: int, run_id: str | None) -> None:
@@ -97,7 +97,7 @@ def prune(root: Path, newest: Path, keep_last: int, run_id: str | None) -> None:
         return
     own = [path for path in complete_folders(root) if step_of(path) <= step_of(newest) and run_id_of(path) == run_id]
     for old in own[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def later_than(root: Path, step: int) -> list[Path]:
@@ -112,7 +112,7 @@ def set_aside(paths: Iterable[Path]) -> list[Path]:
         folder = path.parent / SET_ASIDE
         folder.mkdir(exist_ok=True)
         names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
-        target = next(folder / name for name in names if not (folder / name).exists())
+        target = next(folder / name for name in names if not os.path.lexists(folder / name))
         moved.append(path.rename(target))
         sync_directory(folder)
     return moved

@@ -35,7 +35,7 @@ from megatron_adamba.checkpoint.keeping import (
 from megatron_adamba.checkpoint.rectangles import Fragment
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import AdambaError, CheckpointError
-from megatron_adamba.files import as_storage_error, sync_directory, write_atomically
+from megatron_adamba.files import as_user_error, sync_directory, write_atomically
 from megatron_adamba.schema import read_json
 
 T = TypeVar("T")
@@ -80,15 +80,15 @@ def save_training_checkpoint(
 def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Run `action` on every rank; where it fails on any, all raise that failure, so that nobody waits for the dead.
 
-    A full disk or one that refuses writes is raised as StorageError; other ranks' failures by their class among the
-    user's errors, or as RuntimeError.
+    A full disk, one that refuses writes, and a path that is not what it has to be are raised as StorageError; other
+    ranks' failures by their class among the user's errors, or as RuntimeError.
     """
     failure: BaseException | None = None
     result = None
     try:
         result = action()
     except OSError as error:
-        failure = error if isinstance(error, AdambaError) else as_storage_error(error, str(error.filename)) or error
+        failure = error if isinstance(error, AdambaError) else as_user_error(error, str(error.filename)) or error
     except Exception as error:
         failure = error
     told: list[tuple[str, str] | None] = [None] * dist.get_world_size()

@@ -126,8 +126,8 @@ def _check(parsed: ParsedArguments) -> None:
         raise ConfigError(f"--minutes {parsed.minutes}: must lie between 0.1 and 525600, for example --minutes 10")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError(
-            "--input: one process prepares the texts; run adamba train --input without a launcher, or adamba data "
-            "first and then --data.train DATA/train --data.validation DATA/validation"
+            "--input: one process prepares the texts; leave the launcher out, or make the dataset with adamba data, "
+            "and give --data.train DATA/train --data.validation DATA/validation"
         )
     for name in ("train", "validation"):
         if parsed.sources[f"data.{name}"] == "command line":

@@ -9,28 +9,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_adamba.commands.command import Program
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
 from megatron_adamba.config.script import INTERRUPTED, leave
-from megatron_adamba.engine.environment import first_rank, tells_for_others
+from megatron_adamba.engine.environment import first_rank, tells_before_ranks_meet
 from megatron_adamba.errors import AdambaError, TokenizerError
-from megatron_adamba.files import as_storage_error
-
-if TYPE_CHECKING:
-    from megatron_adamba.engine.launch import RankInfo
-    from megatron_adamba.training.run import RunPlan
-    from megatron_adamba.training.run_folder import RunFolder
+from megatron_adamba.files import as_user_error
 
 
 def start(words: Sequence[str], prog: str) -> int:
     """Returns the exit code; what fails is told here, by the rank that has to."""
     # torch prints a C++ stack where a peer's store is gone; what that means is said in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    parsed = None
-    # a command line is the same on all ranks, and files may not be
-    told = lambda error: first_rank() or (parsed is not None and tells_for_others(str(error)))
+    told = lambda error: tells_before_ranks_meet(str(error))
     try:
         parsed = parse_arguments(words, prog)
         if parsed.print_config or parsed.summary:
@@ -39,7 +31,7 @@ def start(words: Sequence[str], prog: str) -> int:
     except AdambaError as error:
         return fail(error, told(error))
     except OSError as error:
-        found = as_storage_error(error, str(error.filename or "writing"))
+        found = as_user_error(error, str(error.filename or "writing"))
         if found is None:
             raise
         return fail(found, told(found))
@@ -119,31 +111,24 @@ def train_on_own_text(parsed: ParsedArguments, words: Sequence[str], prog: str) 
 
 
 def train(parsed: ParsedArguments) -> int:
-    from megatron_adamba.engine.launch import start_distributed, stop_distributed, world_size_from_environment
-    from megatron_adamba.engine.lost_ranks import FailureNote, lost_ranks_named
-    from megatron_adamba.training.run import plan_run
-    from megatron_adamba.training.run_folder import RunFolder
+    from megatron_adamba.training.job import run_job
+    from megatron_adamba.training.progress import RunConsole
+    from megatron_adamba.training.report import print_rows
 
-    plan = plan_run(parsed, world_size_from_environment())
-    info = start_distributed()
+    codes: list[int] = []
+    # rank 0 alone shows how it goes
+    console = RunConsole(quiet=not first_rank())
     try:
-        with RunFolder(Path(plan.config.logging.run_dir), info.rank) as folder:
-            note = FailureNote(folder.path)
-            try:
-                with lost_ranks_named(info, note):
-                    return run(parsed, plan, info, folder)
-            except KeyboardInterrupt:
-                return fail(Interrupted(f"interrupted; {what_is_saved(folder.path)}"), info.rank == 0)
-            except (AdambaError, OSError) as error:
-                found = error if isinstance(error, AdambaError) else as_storage_error(error, str(folder.path))
-                if found is None:
-                    raise
-                return fail(found, note.tells(info.rank, found))
-            except Exception as error:
-                note.leave(info.rank, f"{type(error).__name__}: {error}")
-                raise
-    finally:
-        stop_distributed()
+        done = run_job(parsed, console, lambda error, tell: codes.append(fail(error, tell)))
+    except KeyboardInterrupt:
+        found = what_is_saved(Path(parsed.config.logging.run_dir))
+        return fail(Interrupted(f"interrupted; {found}"), first_rank())
+    if done is None:
+        return codes[0]
+    if done.rows:
+        print_rows(console, done.rows)
+    console.print(f"model written to {done.folder / 'model'}", highlight=False)
+    return 0
 
 
 def what_is_saved(run_dir: Path) -> str:
@@ -155,24 +140,6 @@ def what_is_saved(run_dir: Path) -> str:
     except AdambaError as error:
         return f"nothing was saved ({error})"
     return f"the last checkpoint is {found}; go on with --resume auto" if found else "nothing was saved"
-
-
-def run(parsed: ParsedArguments, plan: RunPlan, info: RankInfo, folder: RunFolder) -> int:
-    from megatron_adamba.training.progress import RunConsole
-    from megatron_adamba.training.report import print_rows, start_lines
-    from megatron_adamba.training.run import build_run
-    from megatron_adamba.training.trainer import Trainer
-
-    built = build_run(plan, info)
-    console = RunConsole(quiet=info.rank != 0)
-    lines = start_lines(built, parsed)
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    rows = Trainer(built, console, folder.leave, lines).train()
-    if rows:
-        print_rows(console, rows)
-    console.print(f"model written to {built.run_dir / 'model'}", highlight=False)
-    return 0
 
 
 COMMAND = Program("train an elastic hybrid model, on one process or many ranks", start, leave=leave)

@@ -53,7 +53,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class CommandParser(ArgumentParser):
     """jsonargparse's, with whole flags alone, and every error a `ConfigError` of one line."""
 
-    def __init__(self, *, prog: str, description: str, examples: Sequence[str] = (), **more: Any) -> None:
+    def __init__(
+        self, *, prog: str | None = None, description: str | None = None, examples: Sequence[str] = (), **more: Any
+    ) -> None:
+        # the library makes parsers of the same class for nested values, and gives them neither name nor description
         more.setdefault("formatter_class", HelpFormatter)
         if examples:
             more["epilog"] = "examples:\n" + "\n".join(f"  {line}" for line in examples)

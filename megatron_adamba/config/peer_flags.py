@@ -71,7 +71,7 @@ _OURS: Mapping[str, tuple[str, ...]] = {
     "--checkpoint.interval": ("save-interval", "save-every", "save-steps", "checkpoint.interval-type"),
     "--checkpoint.resume": ("load", "resume-from-step", "resume-from-checkpoint", "checkpoint.load-step"),
     "--checkpoint.init_from": ("finetune", "pretrained-checkpoint", "checkpoint.initial-load-path"),
-    "--deepspeed_config": ("deepspeed", "zero-stage", "use-distributed-optimizer", "bf16", "fp16", "cpu-offload"),
+    "--deepspeed_config": ("zero-stage", "use-distributed-optimizer", "bf16", "fp16", "cpu-offload"),
 }  # fmt: skip
 _WHY: Mapping[str, str] = {
     "bf16": "bf16 is the default where the machine has it; a ds_config such as zero1_fp32 turns it off",

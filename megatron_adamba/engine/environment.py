@@ -23,6 +23,8 @@ _STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NO
 """srun sets them, and a batch script or a shell of an allocation has none"""
 _JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PBS_JOBID", "LSB_JOBID")
 """what tells one job of a machine from another"""
+_MARK_SECONDS = 60
+"""after which a mark that says "told already" is another start's"""
 _FIRST_PORT, _PORTS = 15000, 14000
 """below those that systems hand out by themselves"""
 
@@ -39,17 +41,26 @@ def first_rank(environment: Mapping[str, str] = os.environ) -> bool:
     return env["RANK"].strip() == "0"
 
 
-def tells_for_others(text: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a rank that is not the first one says what it failed for, before the ranks know of each other: the first
-    process of the job on this machine does for which nobody has said the same."""
-    # the first rank, where it fails alike, has the word
-    time.sleep(1)
+def tells_before_ranks_meet(text: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process says what it failed for, before the ranks know of each other: the first rank does, and on a
+    machine where it has not said the same, the first process that fails so."""
+    first = first_rank(environment)
+    if not first:
+        # it has the word, where it fails alike
+        time.sleep(1)
     job = f"{os.getuid()} {os.getppid()} {environment.get('MASTER_PORT')} {text}"
+    mark = Path(tempfile.gettempdir()) / f"adamba-{zlib.crc32(job.encode()):08x}"
     try:
-        with open(Path(tempfile.gettempdir()) / f"adamba-{zlib.crc32(job.encode()):08x}", "x"):
+        with open(mark, "x"):
             return True
+    except FileExistsError:
+        # of a start before this one
+        old = time.time() - mark.stat().st_mtime > _MARK_SECONDS
+        if old or first:
+            os.utime(mark)
+        return old or first
     except OSError:
-        return False
+        return first
 
 
 def complete_environment(env: MutableMapping[str, str] = os.environ, quiet: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,10 @@ def start_saving(run: Run, saver: BackgroundSaver, counters: dict[str, Any]) -> 
 def resume(run: Run, candidates: Sequence[Path]) -> Resumed:
     """Verify, compare and load the first candidate that is whole; every rank fails where one does, before anything is
     changed. What lies behind it in the run's own folder is set aside, never deleted."""
-    folder, lines = _first_whole(candidates)
+    folder, failures = first_whole(candidates)
+    if folder is None:
+        raise failures[0]
+    lines = [f"WARNING: passed over {path}: {error}" for path, error in zip(candidates, failures)]
     state = together(lambda: _checked_state(run, folder))
     counters, run.history = state["counters"], state.get("history", [])
     lines += together(lambda: _check_order(run, state, folder, counters))
@@ -67,9 +71,9 @@ def resume(run: Run, candidates: Sequence[Path]) -> Resumed:
     return Resumed(folder, counters, lines)
 
 
-def _first_whole(candidates: Sequence[Path]) -> tuple[Path, list[str]]:
-    """The first whose checksums agree, and a line for each that was passed over. Raises the first one's CheckpointError
-    where none does."""
+def first_whole(candidates: Sequence[Path]) -> tuple[Path | None, list[CheckpointError]]:
+    """The first whose checksums agree, None where none does, and what is wrong with each before it; every rank calls
+    this alike and reads its share."""
     share, failures = (dist.get_rank(), dist.get_world_size()), []
     for folder in candidates:
         try:
@@ -77,9 +81,8 @@ def _first_whole(candidates: Sequence[Path]) -> tuple[Path, list[str]]:
         except CheckpointError as error:
             failures.append(error)
             continue
-        passed = [f"WARNING: passed over {path}: {error}" for path, error in zip(candidates, failures)]
-        return folder, passed
-    raise failures[0]
+        return folder, failures
+    return None, failures
 
 
 def _check_whole(folder: Path, share: tuple[int, int]) -> None:
@@ -157,7 +160,7 @@ def write_final_model(run: Run, checkpoint: Path) -> Path:
     folder = run.run_dir / "model"
 
     def convert() -> None:
-        if folder.exists() and run_id_of(folder) != run.run_id:
+        if os.path.lexists(folder) and run_id_of(folder) != run.run_id:
             set_aside([folder])
         canonical_from_training(checkpoint, folder)
 

@@ -27,16 +27,20 @@ def first_bad_tensor(module: nn.Module, names: Sequence[str], run_batch: Callabl
     return f"output of {outputs[0]}" if outputs else "a gradient (weights and outputs are finite)"
 
 
-def way_on(kept: Sequence[Path], optimizer: OptimizerConfig, run_dir: str) -> str:
-    """Flags with which the run may get past the step: going on as before would meet it again. kept: checkpoints from
-    before the update that led into it, oldest first."""
+def way_on(kept: Path | None, optimizer: OptimizerConfig, run_dir: str) -> str:
+    """Flags with which the run may get past the step: going on as before would meet it again. kept: a checkpoint from
+    before the update that led into it, if there is one."""
     usual = {"lr": OptimizerConfig.lr, "muon_lr": OptimizerConfig.muon_lr}
     names = ["lr", *(["muon_lr"] if optimizer.name == "muon" else []), "embedding_lr", "head_lr", "vector_lr"]
+    begin = f"--resume {kept}" if kept else f"a fresh start with --logging.run_dir {run_dir}-2"
+    if optimizer.weight_decay * max(optimizer.lr, optimizer.muon_lr if optimizer.name == "muon" else 0.0) >= 1:
+        # every step takes away more than the whole weight
+        return f"{begin} --optimizer.weight_decay 0.1"
     rates = {name: rate for name in names if (rate := getattr(optimizer, name)) is not None}
     # a rate that blew up within a run is halved, one beyond all use goes to the usual one
     halved = {name: rate / 2 if rate <= 1 else usual.get(name, OptimizerConfig.lr) for name, rate in rates.items()}
     flags = " ".join(f"--optimizer.{name} {rate:g}" for name, rate in halved.items())
-    return f"--resume {kept[0]} {flags}" if kept else f"a fresh start with --logging.run_dir {run_dir}-2 {flags}"
+    return f"{begin} {flags}"
 
 
 def _gather(value: Any) -> list[Any]:

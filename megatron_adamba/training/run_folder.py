@@ -12,6 +12,9 @@ from megatron_adamba.engine.lost_ranks import FailureNote
 from megatron_adamba.errors import AdambaError, ConfigError
 from megatron_adamba.training.run_lock import RunLock
 
+_FILES = ("metrics.jsonl", "metrics-set-aside.jsonl", "logs/failure.json")
+_FOLDERS = ("logs", "checkpoints", "checkpoints/set-aside", "model", "set-aside", "tensorboard")
+
 
 class RunFolder:
     """Entered by every rank alike; the first one holds the lock. Raises ConfigError where another run has the folder,
@@ -47,16 +50,45 @@ class RunFolder:
     def _prepare(self) -> None:
         if self.rank == 0:
             self._lock.acquire()
+            _check_kinds(self.path)
             FailureNote(self.path).clear()
-            for name in ("metrics.jsonl", "metrics-set-aside.jsonl"):
-                if (self.path / name).is_dir():
-                    raise ConfigError(f"--logging.run_dir {self.path}: {name} there is a folder; give another one")
         # on a machine of its own, where the folder may be another one
+        _check_kinds(self.path)
         (self.path / "logs").mkdir(parents=True, exist_ok=True)
+        _check_file(self.path, f"logs/rank-{self.rank}.log")
+
+
+def _check_kinds(path: Path) -> None:
+    """What a run reads and writes in its folder is what it has to be: a pipe would be waited for, a link that leads
+    nowhere be found out at the end of all training. Raises ConfigError."""
+    for name in _FILES:
+        _check_file(path, name)
+    for name in _FOLDERS:
+        there = path / name
+        if os.path.lexists(there) and not there.is_dir():
+            raise ConfigError(_told(path, name, "folder"))
+
+
+def _check_file(path: Path, name: str) -> None:
+    """Raises ConfigError."""
+    there = path / name
+    if os.path.lexists(there) and not there.is_file():
+        raise ConfigError(_told(path, name, "regular file"))
+
+
+def _told(path: Path, name: str, kind: str) -> str:
+    return f"--logging.run_dir {path}: {name} there is no {kind}; move it away, or give another folder, {path}-2"
 
 
 class _QuietHandler(logging.FileHandler):
-    """A log that cannot be written is no reason for tracebacks between a run's own lines."""
+    """A log that cannot be written is no reason for tracebacks between a run's own lines, nor to end the run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            # it is opened with its first line
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

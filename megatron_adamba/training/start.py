@@ -9,7 +9,7 @@ from typing import Any
 from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import read_history
-from megatron_adamba.checkpoint.keeping import bring_back, complete_folders, run_id_of, step_folders, step_of
+from megatron_adamba.checkpoint.keeping import SET_ASIDE, bring_back, complete_folders, run_id_of, step_folders, step_of
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
 from megatron_adamba.checkpoint.training import latest_checkpoint, together
 from megatron_adamba.config.root import AdambaConfig, read_run_config
@@ -56,6 +56,22 @@ def find_resume(config: AdambaConfig) -> list[Path]:
             f"folder of its own, {_another(config)}, or go on here with --resume auto"
         )
     return [folder]
+
+
+def started_over(config: AdambaConfig) -> str | None:
+    """What people have to know where a run begins at step 0 in a folder with traces of an earlier one."""
+    folder, root = Path(config.logging.run_dir), checkpoint_root(config)
+    found = []
+    if (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size:
+        found.append("metrics.jsonl (its lines go to metrics-set-aside.jsonl)")
+    if run_id_of(folder / "model") is not None:
+        found.append("model (it will be set aside)")
+    aside = complete_folders(root / SET_ASIDE)
+    if aside:
+        found.append(f"{aside[-1]} (go on from it with --resume {aside[-1]} --logging.run_dir {folder}-2)")
+    if not found:
+        return None
+    return f"WARNING: {folder} has no checkpoint to go on from, and traces of an earlier run: {', '.join(found)}"
 
 
 def in_own_root(config: AdambaConfig, folder: Path) -> bool:

@@ -25,7 +25,7 @@ from megatron_adamba.engine.job import JobBoard
 from megatron_adamba.engine.session import MicroStep, StepReport
 from megatron_adamba.errors import AdambaError, NonFiniteError, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
-from megatron_adamba.training.checkpointing import resume, start_saving, write_final_model
+from megatron_adamba.training.checkpointing import first_whole, resume, start_saving, write_final_model
 from megatron_adamba.training.dashboards import Dashboard, TensorBoard, WeightsAndBiases
 from megatron_adamba.training.freeze import frozen_names
 from megatron_adamba.training.learning_watch import LearningWatch
@@ -37,7 +37,7 @@ from megatron_adamba.training.run import Run
 from megatron_adamba.training.run_tokenizer import saving_with_tokenizer
 from megatron_adamba.training.schedule import learning_rate_factor
 from megatron_adamba.training.signals import StopRequest
-from megatron_adamba.training.start import checkpoint_root
+from megatron_adamba.training.start import checkpoint_root, started_over
 
 MOST_EXITS = 8
 """exit layers that an evaluation looks at"""
@@ -76,6 +76,7 @@ class Trainer:
         self.flops, self.labels = 0.0, {}
         self.peak = 1.0
         self.started, self.first_step = 0.0, 0
+        self.resumed_from: Path | None = None
         self.last_batch: MicroBatch = {}
         self.loads: dict[int, Tensor] = {}
         self.write_failure: Exception | None = None
@@ -111,6 +112,8 @@ class Trainer:
                         self._one_step(batches, writer, view)
                         self._after_step(writer)
                 if streak := self.counters["skipped_in_a_row"]:
+                    if self.sound_counters["step"] == self.first_step:
+                        self._stop_for_nonfinite()  # nothing was learned that could be kept
                     self._say(
                         f"WARNING: the last {streak} steps were not finite and left out: the model is that of step "
                         f"{self.sound_counters['step']}"
@@ -149,8 +152,11 @@ class Trainer:
 
     def _maybe_resume(self) -> None:
         if not self.run.resume_from:
+            if note := started_over(self.config):
+                self._say(f"{note}; the run starts over")
             return
         resumed = resume(self.run, self.run.resume_from)
+        self.resumed_from = resumed.folder
         self.counters |= resumed.counters
         self.sound_counters = dict(self.counters)
         for line in resumed.lines:
@@ -358,7 +364,11 @@ class Trainer:
         self.saver.finish()
         # the step right before the streak is the one that led into it
         before = self.sound_counters["step"]
-        kept = [path for path in complete_folders(checkpoint_root(self.config)) if step_of(path) < before]
+        loaded = self.resumed_from or self.config.checkpoint.init_from
+        if name.startswith("weight ") and before == self.first_step and loaded is not None:
+            raise NonFiniteError(f"first bad tensor: {name}, as {loaded} holds it; start from another checkpoint")
+        root = checkpoint_root(self.config)
+        kept = first_whole([path for path in complete_folders(root) if step_of(path) < before])[0]
         raise NonFiniteError(
             f"loss or gradient not finite in {self.counters['skipped_in_a_row']} steps in a row, up to step "
             f"{self.counters['step']}; first bad tensor: {name}; going on unchanged would end here again: try "

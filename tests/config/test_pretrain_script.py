@@ -72,6 +72,9 @@ def test_an_error_is_one_line_and_an_exit_code():
     assert result.stderr == "error: --model.hiden_size: unknown flag; did you mean --model.hidden_size?\n"
     # of many ranks the first alone complains
     assert run("--model.hiden_size", "8", RANK="1").stderr == ""
+    # but where it alone has the trouble
+    alone = run(f"--model.hiden_size_{os.getpid()}", "8", RANK="1")
+    assert alone.returncode == 2 and alone.stderr.startswith("error: --model.hiden_size_")
 
 
 def test_without_data_it_says_what_to_give():

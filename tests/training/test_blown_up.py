@@ -58,9 +58,11 @@ def test_a_signal_inside_a_streak_saves_the_last_good_step(data, tmp_path):
 
 
 def test_the_way_on_names_what_can_work(tmp_path):
-    kept = [tmp_path / "step-00000100", tmp_path / "step-00000200"]
-    assert way_on(kept, OptimizerConfig(lr=4e-4), "runs/a") == f"--resume {kept[0]} --optimizer.lr 0.0002"
-    fresh = way_on([], OptimizerConfig(lr=1e30), "runs/a")
+    kept = tmp_path / "step-00000100"
+    assert way_on(kept, OptimizerConfig(lr=4e-4), "runs/a") == f"--resume {kept} --optimizer.lr 0.0002"
+    decayed = OptimizerConfig(lr=4e-4, weight_decay=1e30)
+    assert way_on(kept, decayed, "runs/a") == f"--resume {kept} --optimizer.weight_decay 0.1"
+    fresh = way_on(None, OptimizerConfig(lr=1e30), "runs/a")
     assert fresh == "a fresh start with --logging.run_dir runs/a-2 --optimizer.lr 0.001"
     muon = OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02, vector_lr=1e30, embedding_lr=0.2)
     assert way_on(kept, muon, "runs/a").endswith(
@@ -98,3 +100,50 @@ def test_a_stuck_run_says_so(data, tmp_path):
     run = tmp_path / "run"
     words = arguments(data, run, train__steps=60, optimizer__lr="1e-12", checkpoint__interval=0, logging__interval=60)
     assert "the model learns nothing" in train(1, words).stdout
+
+
+def spoiled_model(folder, source):
+    """A copy of a canonical checkpoint whose head holds an infinity, without checksums."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values.pop("crc32")
+    index.write_text(json.dumps(values))
+    shard = folder / values["weight_map"]["head.weight"]
+    tensors = load_file(shard)
+    tensors["head.weight"][3, 5] = float("inf")
+    save_file(tensors, shard, {"format": "pt"})
+    return folder
+
+
+def test_weights_that_came_damaged_are_not_blamed_on_the_rate(data, tmp_path):
+    """Whether patience ends first or the steps do: no model is written, and the way on is another start."""
+    train(1, arguments(data, tmp_path / "first", train__steps=2, checkpoint__interval=0))
+    start = spoiled_model(tmp_path / "start", tmp_path / "first" / "model")
+    for number, settings in enumerate(({"train__nonfinite_patience": 3}, {"train__nonfinite_patience": 30})):
+        run = tmp_path / f"run-{number}"
+        words = arguments(data, run, train__steps=5, checkpoint__init_from=start, checkpoint__interval=0, **settings)
+        done = train(1, words, check=False)
+        assert done.returncode == 7, done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert line == (
+            f"error: first bad tensor: weight head.weight, as {start} holds it; start from another checkpoint"
+        )
+        assert not (run / "model").exists() and not list((run / "checkpoints").glob("step-*"))
+
+
+def test_the_advised_checkpoint_is_whole(data, tmp_path):
+    run = tmp_path / "run"
+    train(1, arguments(data, run, train__steps=4, checkpoint__interval=1, checkpoint__keep_last=9))
+    damaged = next((run / "checkpoints" / "step-00000001").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    blown = {"optimizer__weight_decay": "1e30", "optimizer__warmup_steps": 0, "train__nonfinite_patience": 2}
+    words = arguments(data, run, train__steps=30, checkpoint__keep_last=9, checkpoint__interval=0, **blown)
+    done = train(1, [*words, "--resume", "auto"], check=False)
+    assert done.returncode == 7
+    advised = f"--resume {run / 'checkpoints' / 'step-00000002'} --optimizer.weight_decay 0.1"
+    assert advised in done.stderr, done.stderr

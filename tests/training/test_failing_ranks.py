@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import time
 
 import numpy as np
-from training.runs import arguments
+from training.runs import ROOT, arguments
 from training.test_signals import start, wait_until
 
 from megatron_adamba.engine.lost_ranks import FailureNote, _described
@@ -66,3 +67,47 @@ def test_the_first_failure_is_the_one_that_is_told(tmp_path):
     assert note.tells(0, DataError("mine")) and time.monotonic() - begun < 0.5
     (tmp_path / "logs" / "failure.json").write_text("{")
     assert note.read() is None
+
+
+def test_ranks_of_other_settings_are_told_before_anything_happens(tmp_path, data):
+    from forked import ForkedScript
+    from training.runs import environment, free_port
+
+    run, port, processes = tmp_path / "run", str(free_port()), []
+    for rank, seed in enumerate((5, 6)):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = arguments(data, run, train__seed=seed)
+        processes.append(ForkedScript(ROOT / "pretrain_adamba.py", words, environment() | places))
+    said = "".join(process.communicate(timeout=90)[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert lines == [
+        "error: --train.seed: rank 1 was started with 6, rank 0 with 5; give all ranks the same command line and the "
+        "same files"
+    ]
+    assert not run.exists()
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, data):
+    """Of a rank beside the first one, where the folder is looked at on another machine."""
+    from megatron_adamba.training.run_folder import _QuietHandler
+
+    (tmp_path / "log").mkdir()
+    handler = _QuietHandler(tmp_path / "log", delay=True)
+    handler.emit(logging.LogRecord("x", logging.INFO, "x", 1, "text", (), None))
+
+
+def test_files_that_vanish_during_a_run_are_one_line(tmp_path, data):
+    """The folder of checkpoints becomes a file between two of them."""
+    run = tmp_path / "run"
+    processes = start(2, arguments(data, run, train__steps=5000, checkpoint__interval=20))
+    root = run / "checkpoints"
+    wait_until(processes, lambda: (root / "latest").exists())
+    root.rename(tmp_path / "elsewhere")
+    root.write_text("no folder")
+    codes, outputs = ends(processes)
+    said = "".join(errors for _, errors in outputs)
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and str(root) in lines[0] and "Traceback" not in said, said
+    assert set(codes) <= {5, 6, 9}

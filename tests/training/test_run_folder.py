@@ -241,3 +241,59 @@ def test_a_reader_that_goes_away_does_not_end_the_run(data, tmp_path):
     process.stdout.close()
     assert process.wait(timeout=120) == 0
     assert max(losses(run)) == 30 and (run / "model" / "config.json").exists()
+
+
+KINDS = [
+    ("metrics.jsonl", "fifo"),
+    ("metrics-set-aside.jsonl", "fifo"),
+    ("metrics.jsonl", "dangling"),
+    ("model", "dangling"),
+    ("logs", "file"),
+    ("logs/failure.json", "folder"),
+    ("logs/rank-0.log", "folder"),
+    ("checkpoints/set-aside", "file"),
+    ("checkpoints/set-aside", "dangling"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_what_is_of_another_kind_is_found_out_at_the_start(data, run, name, kind):
+    """A pipe would be waited for, a link that leads nowhere be noticed when all training is done."""
+    path = run / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    make = {"fifo": os.mkfifo, "dangling": lambda at: os.symlink("/nowhere/at/all", at), "folder": os.mkdir}
+    make.get(kind, Path.touch)(path)
+    before = {path: path.lstat().st_mtime_ns for path in run.rglob("step-*")}
+    refused([*arguments(data, run, train__steps=9), "--resume", "auto"], 2, "--logging.run_dir", f"{name} there is no")
+    assert before == {path: path.lstat().st_mtime_ns for path in run.rglob("step-*")}
+
+
+def test_leftovers_of_any_kind_are_no_obstacle(data, run):
+    root = run / "checkpoints"
+    (root / "step-00000010.tmp").write_text("a file")
+    os.symlink("/nowhere/at/all", root / "step-00000010")
+    train(1, [*arguments(data, run, train__steps=10, checkpoint__interval=2), "--resume", "auto"])
+    assert (root / "step-00000010" / "state.json").is_file() and not (root / "step-00000010.tmp").exists()
+    assert os.path.islink(root / "set-aside" / "step-00000010")
+
+
+def test_a_run_that_starts_over_beside_traces_of_another_says_so(data, run):
+    """Checkpoints of an unfinished run are lost; those of a finished one are, and its metrics; one lies set aside."""
+    words = [*arguments(data, run, train__steps=3, checkpoint__interval=0), "--resume", "auto"]
+    spared = run / "checkpoints" / "set-aside" / "step-00000008"
+    spared.parent.mkdir()
+    (run / "checkpoints" / "step-00000008").rename(spared)
+    shutil.rmtree(run / "model")
+    for path in (*(run / "checkpoints").glob("step-*"), run / "checkpoints" / "latest"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = train(1, words)
+    for said in ("has no checkpoint to go on from", "metrics.jsonl (its lines", f"{spared} (go on from it with"):
+        assert said in done.stdout, done.stdout
+    assert "the run starts over" in done.stdout and spared.is_dir()
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    done = train(1, words)
+    assert "model (it will be set aside)" in done.stdout and (run / "set-aside" / "model").is_dir()
