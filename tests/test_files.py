@@ -75,19 +75,21 @@ def test_what_takes_no_bytes_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["file", "pipe"])
 def test_standard_output_by_its_name(tmp_path, kind):
-    """What was printed before stays in front, and what comes behind is not lost."""
+    """What was printed before stays in front, and what comes behind is not lost. The name is a link of our own that
+    leads where the system's does: code that fails here must not replace that one."""
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
     code = (
-        "from pathlib import Path; from megatron_adamba.files import write_atomically; print('before'); "
-        "write_atomically(Path('/dev/stdout'), b'between\\n'); print('behind')"
+        "import sys; from pathlib import Path; from megatron_adamba.files import write_atomically; print('before'); "
+        "write_atomically(Path(sys.argv[1]), b'between\\n'); print('behind')"
     )
-    words = [sys.executable, "-c", code]
+    words = [sys.executable, "-c", code, str(tmp_path / "stdout")]
     if kind == "pipe":
         out = subprocess.run(words, capture_output=True, check=True, timeout=60).stdout
     else:
         with open(tmp_path / "out", "wb") as stream:
             subprocess.run(words, stdout=stream, check=True, timeout=60)
         out = (tmp_path / "out").read_bytes()
-    assert out == b"before\nbetween\nbehind\n"
+    assert out == b"before\nbetween\nbehind\n" and (tmp_path / "stdout").is_symlink()
 
 
 def test_a_command_writes_into_a_pipe(adamba, tmp_path):
