@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
+import sys
 from pathlib import Path
 
 from megatron_adamba.errors import StorageError
@@ -26,19 +28,66 @@ def sync_directory(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Puts `content` under `path`; after a failure the path holds what it held before. Raises OSError."""
+    """Puts `content` under `path`; after a failure the path holds what it held before. Behind a symbolic link it is the
+    target that is replaced. A pipe, a terminal or another character device takes the content as it is, and so does
+    what this process writes its output to. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = temporary_path(path)
+    if (descriptor := _open_already(path)) is not None:
+        _write_through(descriptor, content)
+        return
+    target = written_file(path)
+    if target is None:
+        with open(path, "wb", buffering=0) as stream:
+            _write_through(stream.fileno(), content)
+        return
+    aside = temporary_path(target)
     try:
         with open(aside, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(aside, path)
+        os.replace(aside, target)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    sync_directory(target.parent)
+
+
+def written_file(path: Path) -> Path | None:
+    """The regular file that is, or is to be, at `path`, behind symbolic links; None for a pipe or a character device,
+    which nothing may be put in place of. Raises OSError for what is neither, but for folders."""
+    found = _kind(path)
+    if stat.S_ISFIFO(found) or stat.S_ISCHR(found):
+        return None
+    if stat.S_ISBLK(found) or stat.S_ISSOCK(found):
+        raise OSError(errno.ENXIO, "is a block device or a socket, and no file", str(path))
+    # a name of its own where it is no link, so that messages call it as it was given
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _kind(path: Path) -> int:
+    """Of what is there behind symbolic links, 0 for nothing. Raises OSError, for links that lead round in circles."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return 0
+
+
+def _open_already(path: Path) -> int | None:
+    """Standard output or error where they go to `path`, as to /dev/stdout: what is there must not be replaced, as more
+    may follow."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                stream.flush()
+                return descriptor
+    return None
+
+
+def _write_through(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def remove(path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_adamba.commands.command import Command
-from megatron_adamba.config.parser import CommandParser
+from megatron_adamba.config.parser import CommandParser, number
 from megatron_adamba.config.rules import count, file_to_write, in_range
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.files import write_atomically
@@ -31,8 +31,8 @@ def add_options(parser: CommandParser) -> None:
     group = parser.add_argument_group("the model's own choices")
     group.add_argument("--adaptive", action="store_true", help="score fixed widths, fixed exits and its own choices")
     group.add_argument("--exit-threshold", type=float, nargs="+", default=[0.95], help="each is a row")
-    group.add_argument("--energy-price", type=float, nargs="+", help="each is a row; without one, by lookup")
-    group.add_argument("--expand-cost", type=float, default=0.5, help="expected nats above which a token widens")
+    group.add_argument("--energy-price", type=number, nargs="+", help="each is a row; without one, by lookup")
+    group.add_argument("--expand-cost", type=number, default=0.5, help="expected nats to widen above; inf: never")
     group.add_argument("--min-width", type=int, default=1, help="the estimator chooses none under it")
     group.add_argument("--full-width", action="store_true", help="exits alone, the estimator is not asked")
     group.add_argument("--fixed-exits", type=int, default=6, help="exits at full width to compare with")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_adamba.config.parser import CommandParser
+from megatron_adamba.config.parser import CommandParser, number
 from megatron_adamba.config.rules import count
 
 
@@ -20,10 +20,10 @@ def add_mode_options(parser: CommandParser) -> None:
     group.add_argument("--mode", default="think", help="full | ghost | whisper | normal | think | adaptive")
     group.add_argument("--width", type=int, help="a width of the nest instead of a mode")
     group.add_argument("--exit-threshold", type=float, help="adaptive: confidence above which a token leaves (0.95)")
-    group.add_argument("--expand-cost", type=float, help="adaptive: expected nats above which it widens (0.50)")
+    group.add_argument("--expand-cost", type=number, help="adaptive: expected nats to widen above (0.5); inf: never")
     group.add_argument("--min-exit-layer", type=int, help="adaptive: blocks before the first exit (as trained)")
     group.add_argument("--exit-per", help="adaptive: token | sequence")
-    group.add_argument("--energy-price", type=float, help="adaptive: nats that all compute is worth; else by lookup")
+    group.add_argument("--energy-price", type=number, help="adaptive: nats that all compute is worth; else by lookup")
     group.add_argument("--min-width", type=int, help="adaptive: the estimator chooses none under it")
     group.add_argument("--full-width", action="store_true", help="adaptive: exits alone, the estimator is not asked")
 

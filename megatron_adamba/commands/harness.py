@@ -28,6 +28,8 @@ from megatron_adamba.inference.text_stream import clean_text
 
 _SAMPLING = {"top_k": int, "top_p": float, "repetition_penalty": float}
 _ADAPTIVE = {"exit_threshold": float, "expand_cost": float, "min_exit_layer": int, "exit_per": str, "min_width": int}
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SETTINGS = {**_SAMPLING, "temperature": float, **dict.fromkeys(_LENGTHS, int)}
 _NEUTRAL = {"num_beams": 1, "use_cache": True, "num_return_sequences": 1, "min_p": 0, "seed": None}
 """settings of other libraries that may be given at the value at which they change nothing"""
 
@@ -96,6 +98,11 @@ class AdambaLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         raise ConfigError("--apply_chat_template: our models have no template; leave the flag out")
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """White space at a context's end belongs to the continuation: one of nothing else is an empty one then."""
+        before, behind = super()._encode_pair(context, continuation)
+        return before or [self.prefix_token_id], behind
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         # the harness looks at the first token of a continuation behind an empty context
@@ -183,8 +190,8 @@ class AdambaLM(TemplateLM):
         ]
 
     def _request(self, context: str, given: dict, seed: int) -> GenerationRequest:
-        """Raises ConfigError where no room is left for the context."""
-        settings = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        """Raises ConfigError for settings that cannot be, and where no room is left for the context."""
+        settings = dict(normalize_gen_kwargs(_checked(given), self.max_gen_toks))
         most, until = settings.pop("max_gen_toks"), settings.pop("until")
         temperature = settings.pop("temperature", 0.0) if settings.pop("do_sample") else 0.0
         room = self.max_length - most
@@ -193,7 +200,7 @@ class AdambaLM(TemplateLM):
                 f"max_gen_toks {most}: must be 1 or more, and leave room for a context in --model_args "
                 f"max_length={self.max_length}; for example max_gen_toks={max(self.max_length // 2, 1)}"
             )
-        own = {name: kind(settings.pop(name)) for name, kind in _SAMPLING.items() if settings.get(name) is not None}
+        own = {name: settings.pop(name) for name in _SAMPLING if name in settings}
         unknown = [name for name, value in settings.items() if name not in _NEUTRAL or value != _NEUTRAL[name]]
         if unknown:
             logging.getLogger("megatron_adamba").warning("generation settings without effect: %s", ", ".join(unknown))
@@ -203,13 +210,35 @@ class AdambaLM(TemplateLM):
         return GenerationRequest(prompt, self.mode.policy(self.loaded, prompt), most, sampling, stop)
 
 
-def _converted(name: str, kind: type, value: Any) -> Any:
-    """A model argument as what it has to be. Raises ConfigError."""
+def _converted(name: str, kind: type, value: Any, flag: str = "--model_args") -> Any:
+    """An argument as what it has to be. Raises ConfigError."""
     try:
-        return kind(value)
+        made = kind(value)
+        # true is no 1, and 2.5 no 2
+        if not isinstance(value, bool) and (kind is not int or isinstance(value, str) or made == value):
+            return made
     except (TypeError, ValueError, OverflowError):
-        words = {int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"--model_args {name}={value}: must be {words}") from None
+        pass
+    words = {int: "a whole number", float: "a number", str: "a word"}[kind]
+    raise ConfigError(f"{flag} {name}={str(value)[:100]}: must be {words}")
+
+
+def _checked(given: dict) -> dict:
+    """Settings of a request as what they have to be, null left out. Raises ConfigError."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    for name, kind in _SETTINGS.items():
+        if name in settings:
+            settings[name] = _converted(name, kind, settings[name], "--gen_kwargs")
+    until = settings.get("until", [])
+    if not all(isinstance(text, str) for text in (until if isinstance(until, list) else [until])):
+        raise ConfigError(f'--gen_kwargs until={str(until)[:100]}: must be a text or a list of texts, as ["\\n\\n"]')
+    sampled, temperature = settings.get("do_sample"), settings.get("temperature", 0.0)
+    if not isinstance(sampled, bool | None):
+        raise ConfigError(f"--gen_kwargs do_sample={str(sampled)[:100]}: must be true or false")
+    if not temperature >= 0 or (sampled and temperature == 0):
+        rule = "do_sample needs one above 0" if sampled else "must be 0 or more"
+        raise ConfigError(f"--gen_kwargs temperature={temperature}: {rule}; for example temperature=1.0")
+    return settings
 
 
 def _device(name: str | None) -> torch.device | None:

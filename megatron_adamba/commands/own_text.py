@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_adamba.commands.own_recipe import Recipe, recipe_for, vocab_size_for
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
+from megatron_adamba.config.rules import folder_to_write
 from megatron_adamba.data.corpus_files import LeftOut
 from megatron_adamba.data.held_out import split_documents
 from megatron_adamba.errors import AdambaError, ConfigError
@@ -120,6 +121,7 @@ class _Corpus:
 
 def _check(parsed: ParsedArguments) -> None:
     """Raises ConfigError."""
+    folder_to_write("--logging.run_dir", parsed.config.logging.run_dir)
     if not 0.1 <= parsed.minutes <= 60 * 24 * 365:
         raise ConfigError(f"--minutes {parsed.minutes}: must lie between 0.1 and 525600, for example --minutes 10")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:

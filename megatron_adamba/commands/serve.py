@@ -9,7 +9,6 @@ from pathlib import Path
 from megatron_adamba.commands.command import Command
 from megatron_adamba.config.parser import CommandParser
 from megatron_adamba.config.rules import in_range
-from megatron_adamba.errors import ConfigError
 
 
 def add_options(parser: CommandParser) -> None:
@@ -37,19 +36,24 @@ def run(args: Namespace) -> int:
     from megatron_adamba.inference.load import load_model
     from megatron_adamba.inference.serving.hosts import allowed_hosts
     from megatron_adamba.inference.serving.limits import ServerLimits
-    from megatron_adamba.inference.serving.server import make_server
+    from megatron_adamba.inference.serving.server import bound_sockets, listen, make_server
 
-    in_range("--port", args.port, 0, 65535)
+    in_range("--port", args.port, 0, 65535, 8000)
     limits = ServerLimits(**{entry.name: getattr(args, entry.name) for entry in fields(ServerLimits)})
     limits.check()
     allowed_hosts(args.host, args.allow_host)
-    loaded = load_model(args.model, args.dtype, verify=not args.no_verify)
-    folder = Path(args.model).resolve()
-    name = args.name or (folder.parent.name if folder.name == "model" else folder.name)
-    server = make_server(loaded, name, limits, args.host, args.port, args.allow_host)
-    server.run()
-    if not server.started:
-        raise ConfigError(f"--host {args.host} --port {args.port}: cannot be listened on; --port 0 takes a free one")
+    # before the model, which takes its time
+    sockets = bound_sockets(args.host, args.port)
+    try:
+        loaded = load_model(args.model, args.dtype, verify=not args.no_verify)
+        folder = Path(args.model).resolve()
+        name = args.name or (folder.parent.name if folder.name == "model" else folder.name)
+        server = make_server(loaded, name, limits, args.host, args.port, args.allow_host)
+        listen(sockets, args.host, args.port)
+        server.run(sockets)
+    finally:
+        for bound in sockets:
+            bound.close()
     return 0
 
 

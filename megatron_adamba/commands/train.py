@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_adamba.commands.command import Program
 from megatron_adamba.config.cli import ParsedArguments, parse_arguments
@@ -35,7 +36,13 @@ def start(words: Sequence[str], prog: str) -> int:
             raise
         return fail(found, told(found))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return fail(Interrupted("interrupted; nothing was saved"), first_rank())
+
+
+class Interrupted(AdambaError):
+    """Ctrl-C where nothing is there to be saved yet, or a second one, which does not wait for that."""
+
+    exit_code = INTERRUPTED
 
 
 def fail(error: AdambaError, tell: bool) -> int:
@@ -111,13 +118,28 @@ def train(parsed: ParsedArguments) -> int:
     codes: list[int] = []
     # rank 0 alone shows how it goes
     console = RunConsole(quiet=not first_rank())
-    done = run_job(parsed, console, lambda error, tell: codes.append(fail(error, tell)))
+    try:
+        done = run_job(parsed, console, lambda error, tell: codes.append(fail(error, tell)))
+    except KeyboardInterrupt:
+        found = what_is_saved(Path(parsed.config.logging.run_dir))
+        return fail(Interrupted(f"interrupted; {found}"), first_rank())
     if done is None:
         return codes[0]
     if done.rows:
         print_rows(console, done.rows)
     console.print(f"model written to {done.folder / 'model'}", highlight=False)
     return 0
+
+
+def what_is_saved(run_dir: Path) -> str:
+    """For the user who did not wait for it to be done."""
+    from megatron_adamba.checkpoint.training import latest_checkpoint
+
+    try:
+        found = latest_checkpoint(run_dir / "checkpoints")
+    except AdambaError as error:
+        return f"nothing was saved ({error})"
+    return f"the last checkpoint is {found}; go on with --resume auto" if found else "nothing was saved"
 
 
 COMMAND = Program("train an elastic hybrid model, on one process or many ranks", start, leave=leave)

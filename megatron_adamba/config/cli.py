@@ -124,6 +124,8 @@ def parse_arguments(argv: Sequence[str], prog: str = "adamba train") -> ParsedAr
         layers.append((path, _typed(parser, _file_values(path), path, known)))
     layers.append(("command line", _flatten(given)))
     start = next((layer[_INIT_FROM] for _, layer in reversed(layers) if _INIT_FROM in layer), None)
+    if start == "":
+        raise ConfigError("--checkpoint.init_from '': is empty; give the folder of a model, for example RUN/model")
     if start is not None:
         layers.insert(0 if given.get("preset") is None else 1, (start, _starting_values(start)))
     return _merge(parser, layers, given)
@@ -239,13 +241,30 @@ def _preset_values(name: str) -> dict[str, Any]:
 def _file_values(path: str) -> dict[str, Any]:
     content = read_regular(Path(path), ConfigError, "give a YAML file; --print_config prints one", flag="--config")
     try:
-        values = yaml.safe_load(content)
+        values = yaml.load(content, _OnceLoader)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"--config {path}: not YAML ({text})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: must hold sections such as `model:`, as the presets do")
     return values
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML's loader, which lets the last of several equal keys win, but for those."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Raises ConfigError."""
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                name = key.value[:100]
+                raise ConfigError(f"{name} is given twice, in lines {lines[key.value]} and {line}; write it once")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _starting_values(folder: str) -> dict[str, Any]:
@@ -270,7 +289,7 @@ def _typed(parser: ArgumentParser, values: dict[str, Any], source: str, known: l
     sections = {section.name for section in dataclasses.fields(AdambaConfig)}
     for name, section in values.items():
         if name != _DEPTH and name not in sections:
-            near = nearest(name, [*sections, _DEPTH])
+            near = nearest(str(name), [*sections, _DEPTH])
             raise ConfigError(f"{source}: unknown section {name!r}" + (f"; did you mean {near}?" if near else ""))
         if name in sections:
             if section is not None and not isinstance(section, dict):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_adamba.config.rope import check_yarn
-from megatron_adamba.config.rules import in_range, one_of, positive
+from megatron_adamba.config.rules import at_least, in_range, one_of, positive, usual
 from megatron_adamba.errors import ConfigError
 
 
@@ -173,7 +173,7 @@ class ModelConfig:
             "norm_eps",
             "experts_per_token",
         ):
-            positive(f"--model.{name}", getattr(self, name))
+            positive(f"--model.{name}", getattr(self, name), usual(self, name))
         for name in (
             "num_layers",
             "vocab_size",
@@ -185,7 +185,7 @@ class ModelConfig:
             "expert_ffn_size",
         ):
             if getattr(self, name) is not None:
-                positive(f"--model.{name}", getattr(self, name))
+                positive(f"--model.{name}", getattr(self, name), usual(self, name))
         self._check_rope()
         for token in self.end_tokens or []:
             in_range("--model.end_tokens", token, 0, self.vocab_size - 1 if self.vocab_size else 2**40)
@@ -197,7 +197,7 @@ class ModelConfig:
             "router_balance_weight",
             "router_z_weight",
         ):
-            in_range(f"--model.{name}", getattr(self, name), 0, float("inf"))
+            at_least(f"--model.{name}", getattr(self, name), 0, usual(self, name))
         one_of("--model.activation", self.activation, ("relu2", "swiglu"))
         one_of("--model.rope_sign", self.rope_sign, (1, -1))
         one_of("--model.mamba_version", self.mamba_version, (1, 2))
@@ -223,8 +223,8 @@ class ModelConfig:
             value = getattr(self, f"rope_{name}")
             if not 0 < value < math.inf:
                 raise ConfigError(f"--model.rope_{name} {value}: must be above 0 and finite")
-        in_range("--model.rope_original_context", self.rope_original_context, 1, 2**40)
-        in_range("--model.rope_factor", self.rope_factor, 1, 2**40)
+        for name in ("rope_original_context", "rope_factor"):
+            in_range(f"--model.{name}", getattr(self, name), 1, 2**40, usual(self, name))
         if self.rope_factor > 1:
             steps = self.head_dim_steps or [self.head_dim]
             sizes = [after - before for before, after in zip([0, *steps], steps)]

@@ -4,6 +4,7 @@ one."""
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from argparse import ArgumentError, Namespace
 from collections.abc import Sequence
@@ -15,7 +16,16 @@ from jsonargparse import ArgumentParser
 from megatron_adamba.config.rules import nearest
 from megatron_adamba.errors import ConfigError
 
-_METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+def number(word: str | float) -> float:
+    """For options of which infinity is a value too; what `float` reads has no word for it."""
+    value = float(str(word).replace(".inf", "inf"))  # as YAML has it; the library asks again with what came of it
+    if math.isnan(value):
+        raise ValueError(word)
+    return value
+
+
+_METAVARS = {int: "N", float: "X", number: "X", Path: "PATH"}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -81,5 +91,5 @@ def _plain(text: str) -> str:
     found = found or re.fullmatch(r"argument --([\w-]+): invalid (\w+) value: '(.*)'", text)
     if found is None:
         return text.removeprefix("argument ")
-    kind = {"int": "a whole number", "float": "a number"}.get(found[2], found[2])
+    kind = {"int": "a whole number", "float": "a number", "number": "a number"}.get(found[2], found[2])
     return f"--{found[1].replace('_', '-')} {found[3]}: must be {kind}"

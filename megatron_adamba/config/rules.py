@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 
 from megatron_adamba.errors import ConfigError
@@ -16,18 +17,39 @@ LARGEST = 2**31 - 1
 """what sizes and counts are held against: a larger one is a slip of the hand, and would be waited for"""
 
 
-def positive(flag: str, value: float) -> None:
-    """Above 0 and finite; whole numbers up to `LARGEST`."""
+def positive(flag: str, value: float, example: float | None = None) -> None:
+    """Above 0 and finite; whole numbers up to `LARGEST`. example: one that works, 1 where it is left out."""
+    shown = _shown(example, 1)
     if not 0 < value < math.inf:
-        raise ConfigError(f"{flag} {value}: must be above 0, for example {flag} 1")
+        rule = "must be above 0" if value <= 0 else "must be above 0 and finite"
+        raise ConfigError(f"{flag} {value}: {rule}, for example {flag} {shown}")
     if isinstance(value, int) and value > LARGEST:
-        raise ConfigError(f"{flag} {value}: must be at most {LARGEST}, for example {flag} 1")
+        raise ConfigError(f"{flag} {value}: must be at most {LARGEST}, for example {flag} {shown}")
 
 
-def in_range(flag: str, value: float, low: float, high: float) -> None:
-    """Both ends included, but for infinity."""
-    if not low <= value <= high or not math.isfinite(value):
-        raise ConfigError(f"{flag} {value}: must lie between {low} and {high}, for example {flag} {low}")
+def in_range(flag: str, value: float, low: float, high: float, example: float | None = None) -> None:
+    """Both ends included; both are finite. example: one that works, the low end where it is left out."""
+    if not low <= value <= high:
+        shown = _shown(example, low)
+        raise ConfigError(f"{flag} {value}: must lie between {low} and {high}, for example {flag} {shown}")
+
+
+def at_least(flag: str, value: float, low: float, example: float | None = None, infinite: bool = False) -> None:
+    """infinite: whether infinity is a value too; example: one that works, the low end where it is left out."""
+    if not low <= value or (value == math.inf and not infinite):
+        finite = "" if infinite or value < low else " and finite"
+        shown = _shown(example, low)
+        raise ConfigError(f"{flag} {value}: must be at least {low}{finite}, for example {flag} {shown}")
+
+
+def _shown(example: float | None, otherwise: float) -> str:
+    return f"{otherwise if example is None else example}"
+
+
+def usual(section: object, name: str) -> object:
+    """What a field of a section holds where nothing is said: a value that works; None where that is none."""
+    found = next(entry for entry in fields(section) if entry.name == name)
+    return None if found.default is MISSING else found.default
 
 
 def file_to_write(flag: str, path: str | None, example: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_adamba.config.rules import below_one, check_seed, in_range, one_of, positive
+from megatron_adamba.config.rules import at_least, below_one, check_seed, in_range, one_of, positive, usual
 from megatron_adamba.errors import ConfigError
 
 
@@ -28,13 +28,13 @@ class ElasticConfig:
 
     def check(self) -> None:
         one_of("--elastic.width_sampling", self.width_sampling, ("full", "uniform", "per_layer", "sandwich"))
-        positive("--elastic.plans_per_step", self.plans_per_step)
-        in_range("--elastic.sandwich_passes", self.sandwich_passes, 2, 64)
+        positive("--elastic.plans_per_step", self.plans_per_step, usual(self, "plans_per_step"))
+        in_range("--elastic.sandwich_passes", self.sandwich_passes, 2, 64, usual(self, "sandwich_passes"))
         if self.exit_fraction is not None:
-            in_range("--elastic.exit_fraction", self.exit_fraction, 0, 1)
-        in_range("--elastic.mixed_exit_fraction", self.mixed_exit_fraction, 0, 1)
+            in_range("--elastic.exit_fraction", self.exit_fraction, 0, 1, usual(self, "exit_fraction"))
+        in_range("--elastic.mixed_exit_fraction", self.mixed_exit_fraction, 0, 1, usual(self, "mixed_exit_fraction"))
         if self.min_exit_layer is not None:
-            positive("--elastic.min_exit_layer", self.min_exit_layer)
+            positive("--elastic.min_exit_layer", self.min_exit_layer, usual(self, "min_exit_layer"))
 
 
 COST_TARGETS = ("relative", "signed", "divergence")
@@ -101,10 +101,10 @@ class GatesConfig:
         if self.predictor is not None:
             one_of("--gates.predictor", self.predictor, ("relative", "original", "none"))
         for name in ("size", "tau", "regret_scale", "prompt_tokens", "rest_tokens", "positions", "documents", "lr"):
-            positive(f"--gates.{name}", getattr(self, name))
-        in_range("--gates.exit_threshold", self.exit_threshold, 0, 1)
+            positive(f"--gates.{name}", getattr(self, name), usual(self, name))
+        in_range("--gates.exit_threshold", self.exit_threshold, 0, 1, usual(self, "exit_threshold"))
         for name in ("warmup_steps", "gradient_clipping"):
-            in_range(f"--gates.{name}", getattr(self, name), 0, float("inf"))
+            at_least(f"--gates.{name}", getattr(self, name), 0, usual(self, name))
 
 
 @dataclass
@@ -160,11 +160,11 @@ class TrainConfig:
 
     def check(self) -> None:
         for name in ("steps", "seq_len", "micro_batch_size", "global_batch_size", "nonfinite_patience", "eval_tokens"):
-            positive(f"--train.{name}", getattr(self, name))
+            positive(f"--train.{name}", getattr(self, name), usual(self, name))
         if self.phase is not None:
             one_of("--train.phase", self.phase, (1, 2, 3))
         for name in ("gradient_clipping", "eval_interval"):
-            in_range(f"--train.{name}", getattr(self, name), 0, float("inf"))
+            at_least(f"--train.{name}", getattr(self, name), 0, usual(self, name))
         check_seed("--train.seed", self.seed)
 
 
@@ -209,16 +209,17 @@ class OptimizerConfig:
         one_of("--optimizer.name", self.name, ("adamw", "muon"))
         one_of("--optimizer.schedule", self.schedule, ("cosine", "wsd", "constant"))
         for name in ("lr", "muon_lr", "eps"):
-            positive(f"--optimizer.{name}", getattr(self, name))
+            positive(f"--optimizer.{name}", getattr(self, name), usual(self, name))
         for name in ("embedding_lr", "head_lr", "vector_lr"):
             if getattr(self, name) is not None:
-                in_range(f"--optimizer.{name}", getattr(self, name), 0, float("inf"))
+                # null is lr
+                at_least(f"--optimizer.{name}", getattr(self, name), 0, usual(self, "lr"))
         for name in ("beta1", "beta2", "muon_momentum"):
             below_one(f"--optimizer.{name}", getattr(self, name))
         for name in ("decay_fraction", "min_lr_ratio", "old_lr_scale"):
-            in_range(f"--optimizer.{name}", getattr(self, name), 0, 1)
+            in_range(f"--optimizer.{name}", getattr(self, name), 0, 1, usual(self, name))
         for name in ("warmup_steps", "weight_decay"):
-            in_range(f"--optimizer.{name}", getattr(self, name), 0, float("inf"))
+            at_least(f"--optimizer.{name}", getattr(self, name), 0, usual(self, name))
 
 
 @dataclass
@@ -242,7 +243,7 @@ class ParallelConfig:
 
     def check(self) -> None:
         for name in ("tp", "pp", "ep"):
-            positive(f"--parallel.{name}", getattr(self, name))
+            positive(f"--parallel.{name}", getattr(self, name), usual(self, name))
         one_of("--parallel.pipeline_schedule", self.pipeline_schedule, ("1f1b", "dualpipev"))
         one_of("--parallel.stage_split", self.stage_split, ("cost", "layers"))
 
@@ -265,8 +266,10 @@ class CheckpointConfig:
     """auto (the latest of the run's folder, or a fresh start) | never | a checkpoint folder"""
 
     def check(self) -> None:
-        in_range("--checkpoint.interval", self.interval, 0, float("inf"))
-        positive("--checkpoint.keep_last", self.keep_last)
+        at_least("--checkpoint.interval", self.interval, 0, usual(self, "interval"))
+        positive("--checkpoint.keep_last", self.keep_last, usual(self, "keep_last"))
+        if not self.resume:
+            raise ConfigError("--resume '': is empty; give auto, never or the folder of a checkpoint")
 
 
 @dataclass
@@ -285,4 +288,6 @@ class LoggingConfig:
     """live progress on rank 0"""
 
     def check(self) -> None:
-        positive("--logging.interval", self.interval)
+        if not self.run_dir:
+            raise ConfigError(f"--logging.run_dir '': is empty; for example --logging.run_dir {usual(self, 'run_dir')}")
+        positive("--logging.interval", self.interval, usual(self, "interval"))

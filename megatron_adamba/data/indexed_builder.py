@@ -18,9 +18,11 @@ import numpy as np
 
 from megatron_adamba.data.indexed_dataset import DTYPE_OF_CODE, HEADER, MAGIC, DatasetMeta, dataset_file
 from megatron_adamba.errors import ConfigError, DataError
-from megatron_adamba.files import sync_directory, temporary_path
+from megatron_adamba.files import sync_directory, temporary_path, written_file
 
 MAX_LENGTH = 2**31 - 1
+_SUFFIXES = (".bin", ".bytes", ".meta.json", ".idx")
+"""the index last"""
 
 
 class IndexedDatasetBuilder:
@@ -35,7 +37,7 @@ class IndexedDatasetBuilder:
         """What a killed process left of the same dataset is removed first.
 
         Args: prefix: path without suffix; dtype: the tokens' integer type, see `token_dtype`.
-        Raises OSError, and ConfigError where a live process writes the same dataset.
+        Raises OSError, and ConfigError where a live process writes the same dataset, or what is there is no file.
         """
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -47,7 +49,8 @@ class IndexedDatasetBuilder:
         self._lengths = array("i")
         self._bytes = array("I")
         dataset_file(prefix, ".bin").parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(prefix)
+        self._files = {suffix: _file(self.prefix, suffix) for suffix in _SUFFIXES}
+        _clear_leftovers(prefix, self._files)
         self._temporary: dict[str, Path] = {}
         self._stream: BinaryIO | None = self._open(".bin")
         self._lock = _held_lock(self._stream)
@@ -102,14 +105,16 @@ class IndexedDatasetBuilder:
             self._write(".bytes", np.frombuffer(self._bytes, dtype=np.uint32).astype("<u4").tobytes())
             self._write(".meta.json", (json.dumps(asdict(meta), indent=2) + "\n").encode())
         # From here on the old files go: first the old index, so that it never stands beside a new .bin.
-        dataset_file(self.prefix, ".idx").unlink(missing_ok=True)
+        self._files[".idx"].unlink(missing_ok=True)
         for suffix in (".bytes", ".meta.json"):
             if suffix not in self._temporary:
+                # where it is a link, the link: one to nothing would be taken for a damaged file
                 dataset_file(self.prefix, suffix).unlink(missing_ok=True)
-        for suffix in (".bin", ".bytes", ".meta.json", ".idx"):
+        for suffix in _SUFFIXES:
             if suffix in self._temporary:
-                os.replace(self._temporary.pop(suffix), dataset_file(self.prefix, suffix))
-        sync_directory(dataset_file(self.prefix, ".idx").parent)
+                os.replace(self._temporary.pop(suffix), self._files[suffix])
+        for folder in {file.parent for file in self._files.values()}:
+            sync_directory(folder)
         self._stream = None
         os.close(self._lock)
 
@@ -139,7 +144,7 @@ class IndexedDatasetBuilder:
         _close(stream)
 
     def _open(self, suffix: str) -> BinaryIO:
-        path = temporary_path(dataset_file(self.prefix, suffix))
+        path = temporary_path(self._files[suffix])
         self._temporary[suffix] = path
         return open(path, "wb")
 
@@ -153,13 +158,27 @@ def _held_lock(stream: BinaryIO) -> int:
     return held
 
 
-def _clear_leftovers(prefix: str | Path) -> None:
+def _file(prefix: str, suffix: str) -> Path:
+    """Where a file of a dataset goes, behind symbolic links. Raises ConfigError for what cannot be replaced."""
+    path = dataset_file(prefix, suffix)
+    try:
+        found = written_file(path)
+    except OSError as error:
+        raise ConfigError(f"--output {prefix}: {path}: {error.strerror}; give another name, as {prefix}-2") from None
+    if found is None:
+        raise ConfigError(f"--output {prefix}: {path} is a pipe or a device; give another name, as {prefix}-2")
+    return found
+
+
+def _clear_leftovers(prefix: str | Path, files: dict[str, Path]) -> None:
     """Removes the temporary files of processes that are gone. Raises ConfigError where one of them is not."""
-    path = dataset_file(prefix, "")
-    pattern = re.compile(re.escape(path.name) + r"\.(bin|bytes|meta\.json|idx)\.tmp-(\d+)")
-    found = [(match[1], match[2], other) for other in path.parent.iterdir() if (match := pattern.fullmatch(other.name))]
+    found = []
+    for suffix, file in files.items():
+        pattern = re.compile(re.escape(file.name) + r"\.tmp-(\d+)")
+        others = file.parent.iterdir() if file.parent.is_dir() else ()
+        found += [(suffix, match[1], other) for other in others if (match := pattern.fullmatch(other.name))]
     for suffix, process, other in found:
-        if suffix == "bin" and not _is_free(other):
+        if suffix == ".bin" and not _is_free(other):
             raise ConfigError(
                 f"--output {prefix}: process {process} is writing this dataset; wait for it, or give another name, for "
                 f"example {prefix}-2"

@@ -63,9 +63,30 @@ class NewToken:
     """None | stop | length"""
 
 
+PIECE = 256
+"""tokens of a prompt that are read in one go: few enough that texts in other slots can wait for them"""
+
+
+@dataclass
+class _Prompt:
+    """A request that has a slot, and whose prompt is read in pieces."""
+
+    slot: int
+    request: GenerationRequest
+    traces: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """exit layers and widenings of the tokens that were read"""
+    read: int = 0
+
+    def next_piece(self) -> tuple[int, ...]:
+        """Where tokens that arrive together leave together, a prompt arrives as one."""
+        adaptive = self.request.policy.adaptive
+        whole = adaptive is not None and adaptive.exit_per == "sequence"
+        return self.request.prompt[self.read :] if whole else self.request.prompt[self.read : self.read + PIECE]
+
+
 @dataclass
 class Sequence:
-    """A request that has a slot."""
+    """A request that has a slot, and whose prompt is read."""
 
     number: int
     slot: int
@@ -89,6 +110,7 @@ class Generation:
         self.loaded, self.capacity = loaded, capacity
         self.decoder = Decoder(loaded.model, slots, capacity, loaded.gates, loaded.reading)
         self.free = list(range(slots))
+        self.reading: dict[int, _Prompt] = {}
         self.running: dict[int, Sequence] = {}
         self.kept: dict[int, Sequence] = {}
         """finished ones whose caches are still there"""
@@ -97,6 +119,14 @@ class Generation:
 
     def add(self, request: GenerationRequest) -> tuple[Sequence, NewToken]:
         """Read the prompt and make the first token. Needs a free slot. Raises ConfigError."""
+        number = self.begin(request)
+        while (first := self.read_on(number)) is None:
+            pass
+        return first
+
+    def begin(self, request: GenerationRequest) -> int:
+        """Give a request a slot, which must be free; returns its number. Its prompt is to be read. Raises
+        ConfigError."""
         request.check(self.capacity)
         self._check_ids(request)
         slot = self.free.pop(0)
@@ -104,10 +134,25 @@ class Generation:
         number, self._numbers = self._numbers, self._numbers + 1
         with self._given_back_on_failure(number, slot):
             self.decoder.begin(slot, request.policy)
-            decoded = self._prefill(slot, request.prompt)
+            self.reading[number] = _Prompt(slot, request)
+        return number
+
+    def read_on(self, number: int) -> tuple[Sequence, NewToken] | None:
+        """Read a further piece of a prompt that was begun; behind the last one comes the first token. Steps may run in
+        between."""
+        prompt = self.reading[number]
+        slot, request = prompt.slot, prompt.request
+        with self._given_back_on_failure(number, slot):
+            piece = prompt.next_piece()
+            decoded = self._prefill(slot, piece)
+            prompt.read += len(piece)
+            prompt.traces.append((decoded.exit_layers.cpu(), decoded.widened_at.cpu()))
+            if prompt.read < len(request.prompt):
+                return None
+            del self.reading[number]
             generator = torch.Generator(device=self.loaded.device).manual_seed(request.sampling.seed)
             stream = TextStream(self.loaded.tokenizer, request.prompt, request.stop, request.echoed)
-            exits, widened = decoded.exit_layers.cpu(), decoded.widened_at.cpu()
+            exits, widened = (torch.cat(parts) for parts in zip(*prompt.traces))
             sequence = Sequence(number, slot, request, generator, stream, list(request.prompt), exits, widened)
             self.running[number] = sequence
             return sequence, self._take(sequence, decoded, -1)
@@ -137,8 +182,8 @@ class Generation:
         try:
             yield
         except BaseException:
-            self.running.pop(number, None)
-            self.kept.pop(number, None)
+            for held in (self.reading, self.running, self.kept):
+                held.pop(number, None)
             if slot not in self.free:
                 self.free.insert(0, slot)
             raise
@@ -155,6 +200,9 @@ class Generation:
 
     def cancel(self, number: int) -> None:
         """Give a request's slot back."""
+        prompt = self.reading.pop(number, None)
+        if prompt is not None:
+            self.free.append(prompt.slot)
         sequence = self.running.pop(number, None)
         if sequence is not None:
             self.free.append(sequence.slot)

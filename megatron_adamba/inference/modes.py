@@ -12,11 +12,11 @@ from megatron_adamba.blueprint.flops import block_flops, forward_flops
 from megatron_adamba.blueprint.nest import block_rows, mode_width
 from megatron_adamba.blueprint.resolve import attention_windows
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.rules import in_range
+from megatron_adamba.config.rules import at_least
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan, uniform_plan
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.inference.load import LoadedModel
-from megatron_adamba.inference.policy import NEVER, AdaptivePolicy, ComputePolicy, predicted_widths
+from megatron_adamba.inference.policy import AdaptivePolicy, ComputePolicy, predicted_widths
 
 ADAPTIVE = "adaptive"
 
@@ -32,7 +32,7 @@ class Mode:
     adaptive: Mapping[str, float | str] = field(default_factory=dict)
     """of `adaptive`: fields of its policy that are not the defaults"""
     energy_price: float | None = None
-    """of `adaptive`: nats that all of the model's compute for a token is worth; None: widths by lookup"""
+    """of `adaptive`: nats that all compute for a token is worth, infinite: the least width; None: widths by lookup"""
     predict: bool = True
     """of `adaptive`: whether the estimator chooses the widths; else they are full"""
     exit_layer: int | None = None
@@ -54,7 +54,7 @@ class Mode:
                 "mode adaptive: this model has no gates; train them (adamba train --train.phase 2), or take think"
             )
         if self.energy_price is not None:
-            in_range("--energy-price", self.energy_price, 0, NEVER)
+            at_least("--energy-price", self.energy_price, 0, 0.1, infinite=True)
         plan = full_plan(config)
         if self.asks_estimator(loaded):
             plan = ElasticPlan(self._widths(loaded, prompt, policy.min_width), config.num_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.gates import whole_width
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.rules import in_range, one_of
+from megatron_adamba.config.rules import at_least, in_range, one_of, usual
 from megatron_adamba.elastic.confidence import GateReading
 from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.layers.gates import Gates
 
-NEVER = float("inf")
+NEVER = math.inf
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class AdaptivePolicy:
 
     def check(self) -> None:
         """Raises ConfigError."""
-        in_range("--exit-threshold", self.exit_threshold, 0, 1)
-        in_range("--expand-cost", self.expand_cost, 0, NEVER)
-        in_range("--min-exit-layer", self.min_exit_layer, 1, NEVER)
-        in_range("--min-width", self.min_width, 1, NEVER)
+        in_range("--exit-threshold", self.exit_threshold, 0, 1, usual(self, "exit_threshold"))
+        at_least("--expand-cost", self.expand_cost, 0, usual(self, "expand_cost"), infinite=True)
+        at_least("--min-exit-layer", self.min_exit_layer, 1)
+        at_least("--min-width", self.min_width, 1)
         one_of("--exit-per", self.exit_per, ("token", "sequence"))
 
     def leaves(self, gates: Gates, reading: GateReading, blocks: int, x: Tensor) -> Tensor:
@@ -84,8 +85,9 @@ def predicted_widths(
     """Per block a width of the nest from the estimator's scores, [num_layers] in [0, 1].
 
     Without a price the narrowest width that is at least the score's share of the whole width. With one the width with
-    the least regret_scale * score * (1 - width / whole width)^2 + energy_price * share; shares: [num_layers, widths]
-    of the whole model's compute. Widths under min_width are left out, all but the widest.
+    the least regret_scale * score * (1 - width / whole width)^2 + energy_price * share, at an infinite one the least
+    share; shares: [num_layers, widths] of the whole model's compute. Widths under min_width are left out, all but the
+    widest.
     """
     widths = torch.tensor([row.width for row in config.nest], dtype=torch.float64)
     scores = scores.detach().double().cpu()[:, None]
@@ -95,5 +97,6 @@ def predicted_widths(
         chosen = torch.where(enough.any(1), enough.int().argmax(1), len(widths) - 1)
     else:
         regret = regret_scale * scores * (1 - widths / whole_width(config)).clamp(min=0).square()
-        chosen = (regret + energy_price * shares).masked_fill(~allowed, torch.inf).argmin(1)
+        cost = shares if energy_price == math.inf else regret + energy_price * shares
+        chosen = cost.masked_fill(~allowed, torch.inf).argmin(1)
     return tuple(int(widths[index]) for index in chosen)

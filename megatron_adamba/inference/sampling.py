@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_adamba.config.rules import in_range
+from megatron_adamba.config.rules import check_seed, in_range, usual
 
 COLDEST = 1e-4
 
@@ -29,11 +29,11 @@ class Sampling:
 
     def check(self) -> None:
         """Raises ConfigError."""
-        in_range("--temperature", self.temperature, 0, 100)
-        in_range("--top-k", self.top_k, 0, 10**9)
-        in_range("--top-p", self.top_p, 0, 1)
-        in_range("--repetition-penalty", self.repetition_penalty, 0.01, 100)
-        in_range("--seed", self.seed, 0, 2**63 - 1)
+        in_range("--temperature", self.temperature, 0, 100, usual(self, "temperature"))
+        in_range("--top-k", self.top_k, 0, 10**9, usual(self, "top_k"))
+        in_range("--top-p", self.top_p, 0, 1, usual(self, "top_p"))
+        in_range("--repetition-penalty", self.repetition_penalty, 0.01, 100, usual(self, "repetition_penalty"))
+        check_seed("--seed", self.seed)
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from megatron_adamba.config.ds_config import (
     zero_stage,
 )
 from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.rules import folder_to_write
 from megatron_adamba.config.sections import default_predictor
 from megatron_adamba.data.blend import build_dataset, open_dataset
 from megatron_adamba.data.order import data_order
@@ -102,6 +103,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
         raise ConfigError("--data.tokenizer: not given; try --data.tokenizer bytes")
     if not config.data.train:
         raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
+    folder_to_write("--logging.run_dir", config.logging.run_dir)
     pattern = config.model.block_pattern
     raw = read_ds_config(parsed.deepspeed_config, bf16=fast_bf16())
     if parsed.deepspeed_config is not None:

@@ -97,6 +97,12 @@ class StopRequest:
             raise self._failure
         return self._saved
 
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop; if so, all ranks can read by what from now on."""
+        if self.requested is not None:
+            self._board.write(_TOPIC, self.requested)
+        return self.requested is not None
+
     @property
     def heard(self) -> bool:
         """Whether any rank was asked to stop, as far as this one can know."""
@@ -105,7 +111,8 @@ class StopRequest:
 
     def stopped(self, folder: Path) -> StoppedBySignal:
         """What ends the run."""
-        return StoppedBySignal(f"{self.requested or 'a signal'}: saved {folder}; go on with --resume auto")
+        name = self.requested if self.heard else "a signal"
+        return StoppedBySignal(f"{name}: saved {folder}; go on with --resume auto")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

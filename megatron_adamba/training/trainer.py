@@ -326,7 +326,7 @@ class Trainer:
         interval = self.config.checkpoint.interval
         if train.eval_interval and step % train.eval_interval == 0 and step < train.steps:
             self.evaluate(writer)
-        marks = [self.stop.requested is not None, self.write_failure is not None, self.saver.failed]
+        marks = [self.stop.asked(), self.write_failure is not None, self.saver.failed]
         stopped, failed, unsaved = self.session.any_rank(marks)
         if unsaved:
             self.saver.finish()

@@ -170,6 +170,8 @@ def test_what_cannot_be_converted(call, two_ranks, tmp_path):
     refused(call("convert", tmp_path, target), 5, tmp_path, "holds no checkpoint", "RUN/checkpoints")
     refused(call("convert", two_ranks / "model", target, "--tp", 3), 2, "--tp 3", "num_kv_groups (4)", "[1, 2]")
     refused(call("convert", two_ranks / "model", target, "--dp", 0), 2, "--dp 0", "--dp 1")
+    refused(call("convert", two_ranks / "model", target, "--dp", 10**9), 2, "--dp 1000000000", "between 1 and 4096")
+    refused(call("convert", two_ranks / "model", target, "--tp", 10**9), 2, "--tp 1000000000", "between 1 and 1024")
     refused(call("convert", two_ranks / "checkpoints", target, "--tp", 2), 2, "--tp", "whole tensors")
     for key, message in (("tokenizer_hash", "`tokenizer_hash`"), ("model", "`model`")):
         model = tmp_path / "model"

@@ -95,8 +95,14 @@ def test_it_ends_at_a_stop_string(adamba, checkpoint):
     [
         (("--prompt", "x", "--mode", "adaptive", "--exit-threshold", 2), 2, "--exit-threshold 2.0: must lie between"),
         (("--prompt", "x", "--mode", "adaptive", "--exit-per", "word"), 2, "--exit-per word: must be one of token"),
-        (("--prompt", "x", "--mode", "adaptive", "--energy-price", -1), 2, "--energy-price -1.0: must lie between"),
-        (("--prompt", "x", "--mode", "adaptive", "--min-width", 0), 2, "--min-width 0: must lie between"),
+        (
+            ("--prompt", "x", "--mode", "adaptive", "--energy-price", -1),
+            2,
+            "--energy-price -1.0: must be at least 0, for",
+        ),
+        (("--prompt", "x", "--mode", "adaptive", "--min-width", 0), 2, "--min-width 0: must be at least 1"),
+        (("--prompt", "x", "--mode", "adaptive", "--expand-cost", "nan"), 2, "--expand-cost nan: must be a number"),
+        (("--prompt", "x", "--expand-cost", "much"), 2, "--expand-cost much: must be a number"),
         (("--prompt", "x", "--seed", -1), 2, "--seed -1: must lie between"),
         (("--file", "/nowhere.txt"), 3, "--file /nowhere.txt: cannot be read as text"),
     ],
@@ -105,6 +111,28 @@ def test_it_ends_at_a_stop_string(adamba, checkpoint):
 def test_what_is_refused(adamba, checkpoint, words, code, message):
     got, out, err = adamba("generate", "--model", checkpoint, *words)
     assert (got, out) == (code, "") and message in err and err.count("\n") == 1
+
+
+def test_infinity_is_never_and_the_least_width(adamba, checkpoint):
+    loaded = load_model(checkpoint, "fp32")
+    words = ("generate", "--model", checkpoint, "--prompt", "ab", *ADAPTIVE, "--max-new-tokens", 12)
+    made = {}
+    for given in ({"expand_cost": float("inf")}, {"energy_price": float("inf")}):
+        settings = {"exit_threshold": 0.4, **given}
+        price = settings.pop("energy_price", None)
+        ids = [loaded.tokenizer.eod_id, *b"ab"]
+        policy = Mode("adaptive", None, settings, price).policy(loaded, ids)
+        generation = Generation(loaded, 1, 200)
+        news = [generation.add(GenerationRequest(tuple(ids), policy, 12))[1]]
+        while generation.running:
+            news += generation.step()
+        (name,) = given
+        flag = f"--{name.replace('_', '-')}"
+        for word in ("inf", "Infinity", ".inf"):
+            assert adamba(*words, flag, word)[:2] == (0, "ab" + "".join(new.text for new in news) + "\n"), word
+        made[name] = news, policy
+    assert all(new.widened_at == 8 for new in made["expand_cost"][0])
+    assert set(made["energy_price"][1].plan.widths) == {min(row.width for row in loaded.model.config.nest)}
 
 
 def test_a_model_without_gates_says_so(adamba, checkpoint, tmp_path):

@@ -145,9 +145,55 @@ def test_what_is_refused(both):
     for name in ("max_length", "width", "seed", "exit_threshold"):
         with pytest.raises(ConfigError, match=f"--model_args {name}=x: must be a"):
             ours(**{name: "x"})
+    for name, value in (("max_gen_toks", 2.5), ("max_length", True)):
+        with pytest.raises(ConfigError, match=f"--model_args {name}={value}: must be a whole number"):
+            ours(**{name: value})
     with pytest.raises(ConfigError, match="--model_args max_length 0: must be above 0"):
         ours(max_length=0)
     assert ours().loglikelihood([ask("loglikelihood", "", ""), ask("loglikelihood", "a", "")]) == [(0.0, True)] * 2
     assert ours().loglikelihood_rolling([ask("loglikelihood_rolling", "")]) == [0.0]
     # half of a pair
     assert ours().loglikelihood([ask("loglikelihood", "a\ud800", "b")])[0][0] < 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_sample": True}, "temperature=0.0: do_sample needs one above 0; for example temperature=1.0"),
+        ({"do_sample": True, "temperature": 0}, "temperature=0.0: do_sample needs one above 0"),
+        ({"do_sample": "yes"}, "do_sample=yes: must be true or false"),
+        ({"temperature": -1}, "temperature=-1.0: must be 0 or more"),
+        ({"temperature": "abc"}, "temperature=abc: must be a number"),
+        ({"temperature": True}, "temperature=True: must be a number"),
+        ({"temperature": float("nan")}, "temperature=nan: must be 0 or more"),
+        ({"temperature": 1, "top_k": "x"}, "top_k=x: must be a whole number"),
+        ({"temperature": 1, "top_k": 2.5}, "top_k=2.5: must be a whole number"),
+        ({"max_tokens": "many"}, "max_tokens=many: must be a whole number"),
+        ({"until": [1]}, r"until=\[1\]: must be a text or a list of texts"),
+        ({"until": {"a": 1}}, r"until=\{'a': 1\}: must be a text or a list of texts"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(both, settings, message):
+    ours, _ = both
+    with pytest.raises(ConfigError, match="--gen_kwargs " + message) as caught:
+        ours().generate_until([ask("generate_until", "the cat", settings)])
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_in_words_and_nulls_are_settings(both):
+    ours, _ = both
+    asked = lambda settings: [ask("generate_until", "the cat", {"max_gen_toks": 8, **settings})] * 3
+    given = {"temperature": 0.5, "top_k": 3}
+    texts_of = lambda settings: ours(seed=1).generate_until(asked(settings))
+    assert len(texts_of({"temperature": "0.5", "top_k": "3"})) == len(texts_of(given)) == 3
+    assert texts_of({"until": None, "temperature": None, "top_k": None}) == texts_of({})
+
+
+def test_a_context_of_white_space_is_an_empty_one(both):
+    """All of it is the continuation's."""
+    ours, _ = both
+    for own in (ours(), ours(add_bos_token=False)):
+        (score,) = own.loglikelihood([ask("loglikelihood", " \n", "cat")])
+        (wanted,) = own.loglikelihood([ask("loglikelihood", "", " \ncat")])
+        assert score == pytest.approx(wanted, abs=1e-4)

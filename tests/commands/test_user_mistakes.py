@@ -120,7 +120,13 @@ REFUSED = [
     ("serve", "--model M --request-seconds nan", 2, "--request-seconds nan: must be a number"),
     ("serve", "--model M --port 70000", 2, "--port 70000: must lie between"),
     ("serve", "--model M --allow-host a/b", 2, "--allow-host a/b: is no host name"),
-    ("serve", "--model F/file", 5, "F/file: no such folder"),
+    ("serve", "--model M --slots 300000000", 2, "--slots 300000000: must lie between 1 and 4096, for ex"),
+    ("serve", "--model M --context 99999999999", 2, "--context 99999999999: must lie between 1 and 16777216"),
+    ("serve", "--model M --queue 2000000", 2, "--queue 2000000: must lie between 1 and 1048576"),
+    ("serve", "--model M --host 256.1.1.1", 2, "--host 256.1.1.1: is not known ("),
+    ("serve", "--model M --host 192.0.2.1", 2, "--host 192.0.2.1: is no address of this machine; for example"),
+    ("serve", f"--model M --host {'a' * 70}.b", 2, "is not known ("),
+    ("serve", "--model F/file --port 0", 5, "F/file: no such folder"),
 ]  # fmt: skip
 
 

@@ -43,17 +43,29 @@ FLAGS = [
     (["--depth", "0"], "--depth 0: must be 1 or more, for example --depth 12"),
     (["--preset", "adamba-6"], "--preset adamba-6: unknown; did you mean adamba-6b? (presets: adamba-20b, adamba-6b,"),
     (["--config", "/nowhere/run.yaml"], "--config /nowhere/run.yaml: No such file or directory; give a YAML file"),
-    (["--train.steps", "0"], "--train.steps 0: must be above 0, for example --train.steps 1"),
-    (["--train.eval_interval", "-1"], "--train.eval_interval -1: must lie between 0 and inf"),
-    (["--train.gradient_clipping", "-1"], "--train.gradient_clipping -1.0: must lie between 0 and inf"),
+    (["--train.steps", "0"], "--train.steps 0: must be above 0, for example --train.steps 1000"),
+    (["--train.eval_interval", "-1"], "--train.eval_interval -1: must be at least 0, for example"),
+    (["--train.gradient_clipping", "-1"], "--train.gradient_clipping -1.0: must be at least 0, for example"),
     (["--elastic.sandwich_passes", "1"], "--elastic.sandwich_passes 1: must lie between 2 and 64"),
     (["--elastic.plans_per_step", "0"], "--elastic.plans_per_step 0: must be above 0"),
     (["--elastic.width_sampling", "per-layer"], "full, uniform, per_layer, sandwich; for example --elastic.width_samp"),
     (["--gates.loss", "mse"], "--gates.loss mse: must be one of squared_error, deviance"),
     (["--gates.target", "sign"], "--gates.target sign: must be one of relative, signed, divergence, absolute"),
     (["--gates.loss", "deviance", "--gates.target", "absolute"], "is a share; try --gates.loss squared_error"),
+    (["--optimizer.eps", "0"], "--optimizer.eps 0.0: must be above 0, for example --optimizer.eps 1e-08"),
+    (["--optimizer.eps", ".inf"], "--optimizer.eps inf: must be above 0 and finite, for example"),
+    (
+        ["--optimizer.head_lr", "-1"],
+        "--optimizer.head_lr -1.0: must be at least 0, for example --optimizer.head_lr 0.0",
+    ),
+    (["--optimizer.weight_decay", ".inf"], "--optimizer.weight_decay inf: must be at least 0 and finite, for example"),
+    (["--train.gradient_clipping", ".nan"], "--train.gradient_clipping nan: must be at least 0 and finite"),
+    (["--logging.run_dir", ""], "--logging.run_dir '': is empty; for example --logging.run_dir runs/default"),
+    (["--resume", ""], "--resume '': is empty; give auto, never or the folder of a checkpoint"),
+    (["--checkpoint.resume="], "--resume '': is empty; give auto"),
+    (["--checkpoint.init_from", ""], "--checkpoint.init_from '': is empty; give the folder of a model"),
     (["--checkpoint.keep_last", "0"], "--checkpoint.keep_last 0: must be above 0"),
-    (["--checkpoint.interval", "-5"], "--checkpoint.interval -5: must lie between"),
+    (["--checkpoint.interval", "-5"], "--checkpoint.interval -5: must be at least 0"),
     (["--logging.interval", "0"], "--logging.interval 0: must be above 0"),
     (["--parallel.tp", "0"], "--parallel.tp 0: must be above 0"),
     (
@@ -64,7 +76,10 @@ FLAGS = [
     (["--optimizer.lr", "0"], "--optimizer.lr 0.0: must be above 0"),
     (["--optimizer.lr", "nan"], "--optimizer.lr: Expected a <class 'float'>"),
     (["--optimizer.beta2", "1.5"], "--optimizer.beta2 1.5: must lie between 0 and 1"),
-    (["--optimizer.warmup_steps", "-1"], "--optimizer.warmup_steps -1: must lie between"),
+    (
+        ["--optimizer.warmup_steps", "-1"],
+        "--optimizer.warmup_steps -1: must be at least 0, for example --optimizer.warmup_steps",
+    ),
     (
         ["--model.activation", "swigl"],
         "--model.activation swigl: must be one of relu2, swiglu; for example --model.activ",
@@ -81,7 +96,7 @@ FLAGS = [
     (["--model.vocab_size", "0"], "--model.vocab_size 0: must be above 0"),
     (["--model.static_norm_size", "-1"], "--model.static_norm_size -1: must be above 0"),
     (["--model.sliding_window", "0"], "--model.sliding_window 0: must be above 0"),
-    (["--model.logit_softcap", "-15"], "--model.logit_softcap -15.0: must lie between 0 and inf"),
+    (["--model.logit_softcap", "-15"], "--model.logit_softcap -15.0: must be at least 0"),
 ]
 
 
@@ -102,6 +117,12 @@ FILES = [
     ("a: [", "not YAML"),
     ("[1, 2]", "must hold sections such as `model:`"),
     ("", "must hold sections such as `model:`"),
+    ("1: 2", "unknown section 1"),
+    ("null: {steps: 2}", "unknown section None"),
+    ("train: {1: 2}", "unknown key train.1"),
+    ("train: {steps: 2}\ntrain: {seq_len: 64}", "train is given twice, in lines 1 and 2; write it once"),
+    ("train:\n  steps: 2\n  seq_len: 64\n  steps: 3", "steps is given twice, in lines 2 and 4; write it once"),
+    ("model: {modes: {ghost: 64, ghost: 32}}", "ghost is given twice, in lines 1 and 1; write it once"),
     ("train: {steps: -4}", "--train.steps -4: must be above 0"),
 ]
 
@@ -208,3 +229,17 @@ def test_numbers_beyond_all_use_name_their_flag(words):
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_save_now_and_then(name):
     assert parse_arguments(["--preset", name]).config.checkpoint.interval > 0
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/dev/null/x"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_run_folder_that_cannot_be(adamba, tmp_path, place, own):
+    (tmp_path / "file").write_text("x")
+    folder = place if place[0] == "/" else f"{tmp_path}/{place}"
+    data = (
+        ["--input", tmp_path / "file"] if own else ["--data.tokenizer", "bytes", "--data.train", tmp_path / "nothing"]
+    )
+    code, out, err = adamba("train", "--preset", "tiny-hybrid", *data, "--logging.run_dir", folder)
+    blocked = "/dev/null" if place[0] == "/" else f"{tmp_path}/file"
+    assert (code, out) == (2, "") and err.startswith(f"error: --logging.run_dir: {blocked} is no folder; for example")
+    assert err.count("\n") == 1

@@ -16,9 +16,9 @@ LIMITS = ServerLimits(body_bytes=20_000, new_tokens=64, context=300, slots=4, qu
 
 
 @contextmanager
-def serving(loaded, limits: ServerLimits, **settings):
+def serving(loaded, limits: ServerLimits, name: str = "tiny", **settings):
     """Address of a server in a thread of its own."""
-    server = make_server(loaded, "tiny", limits, log_level="critical", **settings)
+    server = make_server(loaded, name, limits, log_level="critical", **settings)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

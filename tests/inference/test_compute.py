@@ -90,6 +90,8 @@ def test_widths_from_scores():
     assert predicted_widths(config, scores, 4.0, shares, 0.0) == (8, 32, 32, 32)
     assert predicted_widths(config, scores, 4.0, shares, 1.0) == (8, 8, 32, 32)
     assert predicted_widths(config, scores, 4.0, shares, 1e6) == (8, 8, 8, 8)
+    assert predicted_widths(config, scores, 4.0, shares, float("inf")) == (8, 8, 8, 8)
+    assert predicted_widths(config, scores, 4.0, shares, float("inf"), 9) == (16, 16, 16, 16)
     assert predicted_widths(config, scores, 4.0, shares, 1.0, 9) == (16, 16, 32, 32)
     assert predicted_widths(config, torch.tensor([0.0, 0.25, 0.26, 1.0]), 4.0, none, None, 16) == (16, 16, 16, 32)
     assert predicted_widths(config, scores, 4.0, shares, 1e6, 1000) == (32, 32, 32, 32)

@@ -23,6 +23,7 @@ from megatron_adamba.inference.load import load_model
 from megatron_adamba.inference.serving.fair_queue import FairQueue
 from megatron_adamba.inference.serving.hosts import allowed_hosts, host_of
 from megatron_adamba.inference.serving.limits import ServerLimits
+from megatron_adamba.inference.serving.server import bound_sockets, listen
 
 QUICK = replace(LIMITS, request_seconds=0.6, shutdown_seconds=0.5)
 GOOD = b"Host: localhost\r\nContent-Type: application/json\r\n"
@@ -248,3 +249,26 @@ def test_one_client_cannot_fill_the_queue(loaded):
         assert [post({"prompt": "b", "max_tokens": 1, "temperature": 0}) for _ in range(2)] == [200] * 2
         assert busy.result() in (200, 429)
         assert post(greedy | {"n": 3, "max_tokens": 2}) == 200
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_read(adamba, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, out, err = adamba("serve", "--model", tmp_path / "nowhere", "--port", port)
+    message = f"error: --host 127.0.0.1 --port {port}: cannot be listened on (Address already in use); --port 0 takes a"
+    assert (code, out) == (2, "") and err.startswith(message) and err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_meanwhile_is_refused_too():
+    sockets = bound_sockets("127.0.0.1", 0)
+    port = sockets[0].getsockname()[1]
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError, match=f"--port {port}: cannot be list"):
+        listen(sockets, "127.0.0.1", port)
+    sockets[0].close()
+
+
+def test_all_addresses_of_a_name_have_one_port():
+    sockets = bound_sockets("localhost", 0)
+    assert len({bound.getsockname()[1] for bound in sockets}) == 1
+    for bound in sockets:
+        bound.close()

@@ -10,6 +10,8 @@ import time
 import pytest
 from training.runs import ROOT, arguments, environment, free_port, losses, train
 
+from megatron_adamba.training.signals import StopRequest
+
 
 def start(ranks: int, words: list[str]) -> list[subprocess.Popen]:
     port, processes = str(free_port()), []
@@ -48,6 +50,61 @@ def test_signals_of_slurm_and_terminals_save(tmp_path, data, number):
     assert processes[0].returncode == 8 and f"error: {number.name}: saved " in errors
     step = int((run / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert max(losses(run)) == step
+
+
+def test_a_signal_to_one_rank_is_named_by_the_other(tmp_path, data):
+    """Short steps: all ranks stop at the end of one, before any of them looks for words of others."""
+    run = tmp_path / "run"
+    processes = start(2, arguments(data, run, train__steps=5000, checkpoint__interval=0))
+    metrics = run / "metrics.jsonl"
+    wait_until(processes, lambda: metrics.exists() and metrics.read_text().count("\n") > 3)
+    processes[1].send_signal(signal.SIGUSR2)
+    told = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [8, 8]
+    assert "error: SIGUSR2: saved " in told[0] and "".join(told).count("error: ") == 1
+
+
+def test_what_asked_is_known_before_ranks_agree_to_stop(tmp_path):
+    """Of two ranks the one without a signal may end before its thread has looked at the board."""
+
+    class Board:
+        words: str | None = None
+
+        def write(self, topic: str, text: str) -> None:
+            self.words = text
+
+        def read(self, topic: str) -> str | None:
+            return self.words
+
+    board = Board()
+    ranks = [StopRequest(lambda: tmp_path, board, lambda line: None, lambda error: None) for _ in range(2)]
+    with ranks[1]:
+        signal.raise_signal(signal.SIGUSR2)
+        assert [rank.asked() for rank in ranks] == [False, True]
+        assert str(ranks[0].stopped(tmp_path)).startswith(f"SIGUSR2: saved {tmp_path}; ")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_second_interrupt_does_not_wait(tmp_path, data, saved):
+    """It says what there is: nothing, or an earlier checkpoint."""
+    run = tmp_path / "run"
+    if saved:
+        train(1, arguments(data, run, train__steps=2, checkpoint__interval=0))
+    words = arguments(data, run, train__steps=4, checkpoint__interval=0, train__global_batch_size=40000)
+    processes = start(1, [*words, "--resume", "auto"])
+    log = run / "logs" / "rank-0.log"
+    begun = lambda: "resumed from" in log.read_text() if saved else (run / "metrics.jsonl").exists()
+    wait_until(processes, begun)
+    time.sleep(2)
+    for _ in range(2):
+        processes[0].send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, errors = processes[0].communicate(timeout=60)
+    what = (
+        f"the last checkpoint is {run}/checkpoints/step-00000002; go on with --resume auto" if saved else "nothing was"
+    )
+    assert processes[0].returncode == 130 and f"error: interrupted; {what}" in errors
+    assert errors.count("error: ") == 1 and "Traceback" not in errors
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path, data):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_adamba.commands.checkpoint.described import described, reworded
 from megatron_adamba.commands.command import Command
 from megatron_adamba.config.parser import CommandParser
-from megatron_adamba.config.rules import positive
+from megatron_adamba.config.rules import count
 from megatron_adamba.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ tp + tp_rank writes __RANK_0.distcp: its tensor-parallel shard of every tensor, 
 the dp_rank-th of dp equal runs of elements (as ZeRO 3 cuts parameters); what tensor
 parallelism leaves whole goes to tp_rank 0 alone."""
 
+_MOST_RANKS = {"tp": 1024, "dp": 4096}
+"""each of their products is a file"""
+
 
 def add_options(parser: CommandParser) -> None:
     parser.add_argument("source", metavar="SRC", help="training or canonical; its kind decides the direction")
@@ -38,9 +41,9 @@ def add_options(parser: CommandParser) -> None:
 def run(args: Namespace) -> int:
     from megatron_adamba.checkpoint.offline import TRAINING, open_checkpoint, to_canonical, to_training
 
-    for flag in ("tp", "dp"):
+    for flag, most in _MOST_RANKS.items():
         if getattr(args, flag) is not None:
-            positive(f"--{flag}", getattr(args, flag))
+            count(f"--{flag}", getattr(args, flag), most)
     target = Path(os.path.abspath(args.target))
     check_target(target, args.target, args.force)
     source = open_checkpoint(Path(args.source))

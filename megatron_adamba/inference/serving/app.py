@@ -13,13 +13,10 @@ from importlib.resources import files
 from ipaddress import ip_address
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
-from megatron_adamba.config.script import without_flags
-from megatron_adamba.errors import AdambaError, ConfigError
+from megatron_adamba.errors import ConfigError
 from megatron_adamba.inference.generate import Generation, GenerationRequest
 from megatron_adamba.inference.load import LoadedModel
 from megatron_adamba.inference.modes import Mode
@@ -27,9 +24,10 @@ from megatron_adamba.inference.sampling import Sampling
 from megatron_adamba.inference.serving.choices import Choice, make_choices, run_choices
 from megatron_adamba.inference.serving.hosts import LOOPBACK, HostCheck
 from megatron_adamba.inference.serving.limits import BodyLimit, ServerLimits, error_body
+from megatron_adamba.inference.serving.refusals import add_refusals
 from megatron_adamba.inference.serving.schema import ChatRequest, CompletionRequest, Message
-from megatron_adamba.inference.serving.worker import QueueFull, Worker
-from megatron_adamba.inference.text_stream import Stripped, finished_text
+from megatron_adamba.inference.serving.worker import Worker
+from megatron_adamba.inference.text_stream import Stripped, clean_text, finished_text
 
 _ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
@@ -47,8 +45,9 @@ def make_app(loaded: LoadedModel, name: str, limits: ServerLimits, hosts: Abstra
     app = FastAPI(title="megatron_adamba", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, body_bytes=limits.body_bytes)
     app.add_middleware(HostCheck, allowed=frozenset(hosts))
-    _add_errors(app)
-    server = _Server(loaded, name, limits, worker)
+    add_refusals(app)
+    # a folder or a word of a command line may hold what no answer can
+    server = _Server(loaded, clean_text(name), limits, worker)
     app.get("/", response_class=HTMLResponse)(server.page)
     app.get("/health")(server.health)
     app.get("/v1/models")(server.models)
@@ -56,37 +55,6 @@ def make_app(loaded: LoadedModel, name: str, limits: ServerLimits, hosts: Abstra
     app.post("/v1/completions")(server.completions)
     app.post("/v1/chat/completions")(server.chat)
     return app
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            reason = first.get("ctx", {}).get("error", "")
-            message = f"the body is not JSON: {reason} at character {first['loc'][-1]}"
-            return JSONResponse(error_body(message, "invalid_request_error"), 400)
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{place}: {first['msg']}" if place else first["msg"]
-        return JSONResponse(error_body(message, "invalid_request_error", place or None), 400)
-
-    @app.exception_handler(QueueFull)
-    async def full(request: Request, error: QueueFull) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "rate_limit_error"), 429, {"Retry-After": "1"})
-
-    @app.exception_handler(AdambaError)
-    async def refused(request: Request, error: AdambaError) -> JSONResponse:
-        return JSONResponse(error_body(without_flags(str(error)), "invalid_request_error"), 400)
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse(error_body(str(error.detail), kind), error.status_code)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        logging.getLogger("megatron_adamba").error("a request failed", exc_info=error)
-        return JSONResponse(error_body("the server failed on this request", "server_error"), 500)
 
 
 class _Server:
@@ -120,7 +88,7 @@ class _Server:
     async def completions(self, request: Request, body: CompletionRequest):
         prompts = await run_in_threadpool(self._prompts, body)
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion"}
-        choices = self._choices(body, prompts, body.max_tokens, body.stops)
+        choices = self._choices(body, prompts, body.max_tokens, body.stop)
         echoes = [finished_text(self.loaded.tokenizer, c.request.prompt) if body.echo else "" for c in choices]
         if body.stream:
             pieces = lambda choice, text: {"text": text, "logprobs": None}
@@ -136,7 +104,7 @@ class _Server:
         prompt = await run_in_threadpool(self._encode, _transcript(body.messages))
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
         most = body.max_completion_tokens or body.max_tokens
-        choices = self._choices(body, [prompt], most, (*body.stops, "\nUser:"))
+        choices = self._choices(body, [prompt], most, (*body.stop, "\nUser:"))
         if body.stream:
             head["object"] = "chat.completion.chunk"
             stripped = [Stripped() for _ in choices]
@@ -242,7 +210,7 @@ class _Server:
 
 def _transcript(messages: Sequence[Message]) -> str:
     """Turns as plain text, as none of our models has a template of its own."""
-    return "\n".join(f"{_ROLES[message.role]}: {message.text}" for message in messages) + "\nAssistant:"
+    return "\n".join(f"{_ROLES[message.role]}: {message.content}" for message in messages) + "\nAssistant:"
 
 
 def _took(choice: Choice) -> dict:

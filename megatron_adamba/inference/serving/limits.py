@@ -7,8 +7,24 @@ from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 
-from megatron_adamba.config.rules import in_range
+from megatron_adamba.config.rules import in_range, usual
 from megatron_adamba.inference.text_stream import clean_text
+
+_LONGEST_END = 200
+"""characters at the beginning and at the end of a message"""
+
+_MEANT = {
+    "body_bytes": (1, 2**30),
+    "new_tokens": (1, 2**24),
+    "context": (1, 2**24),
+    "slots": (1, 4096),
+    "queue": (1, 2**20),
+    "choices": (1, 2**16),
+    "connections": (1, 2**20),
+    "request_seconds": (0.001, 86400),
+    "shutdown_seconds": (0.001, 86400),
+}
+"""the least and the most that can be meant: memory is taken for slots, and for what may arrive and wait"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +56,8 @@ class ServerLimits:
 
     def check(self) -> None:
         """Raises ConfigError."""
-        for name in ("body_bytes", "new_tokens", "context", "slots", "queue", "choices", "connections"):
-            in_range(f"--{name.replace('_', '-')}", getattr(self, name), 1, 2**40)
-        in_range("--request-seconds", self.request_seconds, 0.001, 86400)
-        in_range("--shutdown-seconds", self.shutdown_seconds, 0.001, 86400)
+        for name, (least, most) in _MEANT.items():
+            in_range(f"--{name.replace('_', '-')}", getattr(self, name), least, most, usual(self, name))
 
 
 class BodyLimit:
@@ -84,6 +98,13 @@ class BodyLimit:
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict:
-    """As OpenAI's clients read it; what it quotes of a request may hold halves of pairs."""
-    param = None if param is None else clean_text(param)
-    return {"error": {"message": clean_text(message), "type": kind, "param": param, "code": code}}
+    """As OpenAI's clients read it; what it quotes of a request may hold halves of pairs, and be as long as that."""
+    param = None if param is None else _quotable(param)
+    return {"error": {"message": _quotable(message), "type": kind, "param": param, "code": code}}
+
+
+def _quotable(text: str) -> str:
+    """Without the middle, where it is long: what is wrong stands at one end."""
+    if len(text) > 2 * _LONGEST_END:
+        text = f"{text[:_LONGEST_END]} ... {text[-_LONGEST_END:]}"
+    return clean_text(text)

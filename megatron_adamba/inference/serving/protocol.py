@@ -70,16 +70,25 @@ class TimedProtocol(H11Protocol):
         begun = self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]
         if begun and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             message = f"the request did not arrive within {self.limits.request_seconds:g} seconds"
-            body = json.dumps(error_body(message, "invalid_request_error")).encode()
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
-            for event in (h11.Response(status_code=408, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event))
-            if self.cycle is not None:
-                # nobody else answers any more
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
+            self._refuse(408, message)
         self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse(400, msg)
+        self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = json.dumps(error_body(message, "invalid_request_error")).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        if self.cycle is not None:
+            # nobody else answers any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()

@@ -41,7 +41,8 @@ class QueueFull(AdambaError):
 
 
 class Worker:
-    """Runs a `Generation` in a thread of its own; clients take turns at its slots."""
+    """Runs a `Generation` in a thread of its own; clients take turns at its slots. Between two steps of the texts that
+    run, no more than one piece of one prompt is read: they go on at a steady pace, whatever else arrives."""
 
     def __init__(self, generation: Generation, queue_size: int, share: int | None = None) -> None:
         """queue_size: requests that may wait for a slot; share: of one client; None: all."""
@@ -50,6 +51,7 @@ class Worker:
         self._slots = Shares(len(generation.free))
         self._lock = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
+        """of requests that have a slot"""
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
         self.log = logging.getLogger("megatron_adamba")
@@ -89,38 +91,63 @@ class Worker:
     def _run(self) -> None:
         while not self._stop.is_set():
             self._drop_cancelled()
-            self._admit()
-            if not self.generation.running:
+            read = self._read_on()
+            if self.generation.running:
+                self._step()
+            elif not read:
                 self._wake.wait()
                 self._wake.clear()
-                continue
-            self._step()
         self._end_all(RuntimeError("the server is stopping"))
 
     def _drop_cancelled(self) -> None:
         for number, ticket in list(self._tickets.items()):
             if ticket.cancelled.is_set():
                 self.generation.cancel(number)
-                self._slots.give_back(self._tickets.pop(number).client)
+                self._leave(number)
 
-    def _admit(self) -> None:
+    def _read_on(self) -> bool:
+        """A further piece of the prompt that is being read, or the first of the next one; whether there was any."""
+        number = next(iter(self.generation.reading), None)
+        if number is None:
+            number = self._admit()
+        if number is None:
+            return False
+        try:
+            first = self.generation.read_on(number)
+        except Exception as error:
+            self._failed(self._leave(number), error)
+            return True
+        if first is not None:
+            sequence, new = first
+            ticket = self._tickets[number] if new.finish is None else self._leave(number)
+            self._tell(ticket, Event(new, sequence))
+        return True
+
+    def _admit(self) -> int | None:
+        """Give the next request a slot; returns its number, None where nothing waits that may have one."""
         while self.generation.free:
             with self._lock:
                 found = self._queue.pop(self._slots.may_take)
             if found is None:
-                return
+                return None
             _, ticket = found
             if ticket.cancelled.is_set():
                 continue
             try:
-                sequence, new = self.generation.add(ticket.request)
+                number = self.generation.begin(ticket.request)
             except Exception as error:
                 self._failed(ticket, error)
                 continue
-            if new.finish is None:
-                self._tickets[new.number] = ticket
-                self._slots.take(ticket.client)
-            self._tell(ticket, Event(new, sequence))
+            self._tickets[number] = ticket
+            self._slots.take(ticket.client)
+            return number
+        return None
+
+    def _leave(self, number: int) -> Ticket:
+        """A request has no slot any more."""
+        ticket = self._tickets.pop(number)
+        self._slots.give_back(ticket.client)
+        return ticket
 
     def _step(self) -> None:
         try:
@@ -130,22 +157,16 @@ class Worker:
             self._end_all(error)
             return
         for new in news:
-            ticket = self._tickets[new.number]
-            if new.finish is not None:
-                del self._tickets[new.number]
-                self._slots.give_back(ticket.client)
+            ticket = self._tickets[new.number] if new.finish is None else self._leave(new.number)
             self._tell(ticket, Event(new))
 
     def _end_all(self, error: Exception) -> None:
-        for number in list(self.generation.running):
+        for number in (*self.generation.running, *self.generation.reading):
             self.generation.cancel(number)
         with self._lock:
             waiting = self._queue.clear() if self._stop.is_set() else []
-        for ticket in self._tickets.values():
-            self._slots.give_back(ticket.client)
-        for ticket in (*self._tickets.values(), *waiting):
+        for ticket in (*map(self._leave, list(self._tickets)), *waiting):
             self._failed(ticket, error)
-        self._tickets.clear()
 
     def _failed(self, ticket: Ticket, error: Exception) -> None:
         if not isinstance(error, AdambaError):
