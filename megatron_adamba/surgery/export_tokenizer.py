@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.root import find_tokenizer
 from megatron_adamba.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megatron_adamba.data.tokenizer_options import library_failures
 from megatron_adamba.data.tokenizer_sentencepiece import SPACE_MARK
 from megatron_adamba.data.tokenizer_tiktoken import TiktokenTokenizer
 from megatron_adamba.surgery.canonical_source import CanonicalSource
 from megatron_adamba.surgery.end_tokens import GENERATION_FILE, TOKENIZER_CONFIG_FILE
+from megatron_adamba.surgery.split_pattern import for_tokenizers
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
@@ -116,7 +117,8 @@ class _Pieces:
 
 def _byte_pairs(ranks: dict[bytes, int], pattern: str | None) -> Any:
     """A byte-pair encoding as the tokenizers library has it. ranks: of byte strings, which are the ids too; none: the
-    256 bytes are the vocabulary. pattern: cuts the text before."""
+    256 bytes are the vocabulary. pattern: cuts the text before; TokenizerError where the library cannot do as it says.
+    """
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
@@ -128,9 +130,9 @@ def _byte_pairs(ranks: dict[bytes, int], pattern: str | None) -> Any:
     made = Library(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     if pattern is not None:
-        # a possessive quantifier is another thing in the library's dialect; here a plain one gives the same pieces
-        plain = re.sub(r"([*+?]|\{\d*,?\d*\})\+", r"\1", pattern)
-        steps.insert(0, pre_tokenizers.Split(Regex(plain), behavior="isolated"))
+        advice = "give the model's tokenizer one without it, for example that of cl100k_base"
+        with library_failures(f"its splitting pattern has {{reason}}, which transformers has no word for; {advice}"):
+            steps.insert(0, pre_tokenizers.Split(Regex(for_tokenizers(pattern)), behavior="isolated"))
     made.pre_tokenizer = pre_tokenizers.Sequence(steps)
     made.decoder = decoders.ByteLevel()
     return made
