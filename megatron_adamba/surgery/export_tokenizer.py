@@ -38,19 +38,22 @@ def published_text(source: CanonicalSource) -> PublishedText:
     listed = source.config.end_tokens
     if spec is None:
         settings = _settings(None, listed)
-        return PublishedText(settings, _generation(settings))
+        return PublishedText(settings, _generation(settings, listed))
     tokenizer = load_tokenizer(spec)
     settings = _settings(tokenizer.eod_id, [tokenizer.eod_id] if listed is None else listed)
-    return PublishedText(settings, {**_tokenizer_files(spec, tokenizer, settings), **_generation(settings)})
+    return PublishedText(settings, {**_tokenizer_files(spec, tokenizer, settings), **_generation(settings, listed)})
 
 
 def _settings(bos: int | None, ends: list[int] | None) -> dict[str, Any]:
-    one_or_all = ends[0] if ends and len(ends) == 1 else ends
+    # transformers' `generate` fails at an empty list
+    one_or_all = ends[0] if ends and len(ends) == 1 else ends or None
     return {"bos_token_id": bos, "eos_token_id": one_or_all, "pad_token_id": None}
 
 
-def _generation(settings: dict[str, Any]) -> dict[str, bytes]:
+def _generation(settings: dict[str, Any], ends: list[int] | None) -> dict[str, bytes]:
     known = {name: value for name, value in settings.items() if value is not None}
+    if ends is not None:
+        known["eos_token_id"] = settings["eos_token_id"]
     return {GENERATION_FILE: _json(known)} if known else {}
 
 
