@@ -160,7 +160,7 @@ def _kind(name: str, stream: BinaryIO, key: str) -> str:
     if suffix in JSON_LINES_SUFFIXES:
         return "json" if text.startswith("[") else "lines"
     lines = [line for line in text.split("\n") if line.strip()]
-    if len(head) == HEAD:
+    if len(head) == HEAD and lines:
         cut = lines.pop()  # off somewhere
         if not lines and suffix not in JSON_SUFFIXES and cut.startswith("{"):
             lines = [cut + stream.readline().decode(encoding, errors="ignore")]
@@ -183,7 +183,9 @@ def _opens_lines(lines: list[str], key: str, suffix: str) -> bool:
         record, end = json.JSONDecoder().raw_decode(first)
     except (ValueError, RecursionError):
         # cut off, unless it goes on in a next line
-        return len(lines) == 1 and bool(re.match(rf'\{{\s*{re.escape(json.dumps(key))}\s*:\s*"', first))
+        quoted = json.dumps(key)
+        opened = re.match(rf'\{{\s*{re.escape(quoted)}\s*:\s*"', first) or (len(first) >= HEAD // 4 and quoted in first)
+        return len(lines) == 1 and first.startswith("{") and bool(opened)
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
         return False
     behind = first[end:].lstrip()

@@ -172,7 +172,12 @@ def test_a_first_line_longer_than_what_is_looked_at(encoding: str, end: str, tmp
             texts(path)
     else:
         assert texts(path) == (["one", "two"] if "two" in end else ["one"])
-    # and one without the key is text
+    path.write_text('{"id": 1, "text": "' + "x" * (1 << 21))
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        texts(path)
+    # nothing but spaces, and one without the key, are text
+    path.write_text(" \n" * (1 << 20) + "a")
+    assert texts(path) == [" \n" * (1 << 20) + "a"]
     content = json.dumps({"id": "x" * (1 << 21)})
     path.write_text(content)
     assert texts(path) == [content]
