@@ -23,12 +23,20 @@ def hide_special_pieces(tokenizer: tokenizers.Tokenizer, eod_token: str) -> None
 
     Raises ValueError where what is unknown becomes the end of a document.
     """
+    from tokenizers import AddedToken
+
     names = _hidden_names(tokenizer, eod_token)
     if not any(tokenizer.model.token_to_id(name) is not None for name in names):
         return
     model = json.loads(tokenizer.to_str())["model"]
-    if eod_token == _unknown_piece(model) and not _knows_all_bytes(tokenizer):
+    unknown = _unknown_piece(model)
+    if unknown == eod_token and not _knows_all_bytes(tokenizer):
         raise ValueError(f"{eod_token} stands for unknown characters, too, and would end documents at each")
+    if unknown is not None and len(unknown) > 1:
+        names.add(unknown)
+    held = [name for name in sorted(names) if tokenizer.model.token_to_id(name) is not None]
+    # decoding finds the names of added tokens
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in held])
     _HIDE[model["type"]](model, names)
     tokenizer.model = type(tokenizer).from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model})).model
 

@@ -84,6 +84,19 @@ def test_the_spelling_of_a_special_token_is_plain_text(kind: str, listed: bool, 
     text = "ab plain pad s"
     assert tokenizer.encode(text) == made.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode([0]) == "<pad>"
+    assert kind in ("merges", "other merges", "whole words") or tokenizer.decode([2]) == "<unk>"
+
+
+def test_the_spelling_of_what_is_unknown_is_text(tmp_path: Path):
+    made = unigram()
+    made.model = models.Unigram(
+        [("</s>", 0.0), ("<unk>", 0.0), *((letter, -5.0) for letter in "\u2581<>unk")], unk_id=1
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.encode("n<unk>k")
+    assert 1 not in ids and tokenizer.decode(ids) == "n<unk>k"
+    assert tokenizer.decode([1]) == "<unk>" and 1 in tokenizer.encode("z")
 
 
 def test_texts_that_a_normalizer_turns_into_the_spelling(tmp_path: Path):
