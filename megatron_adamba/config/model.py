@@ -154,7 +154,8 @@ class ModelConfig:
     expanded_from: dict[str, int] | None = None
     """sizes before surgery made the model wider; phase 3 tells old weights from new ones by them"""
     end_tokens: list[int] | None = None
-    """ids that end a text where the model generates; null means the tokenizer's end-of-document token"""
+    """ids that end a text where the model generates; null means the tokenizer's end-of-document token, an empty
+    list that none does"""
     modes: dict[str, int] = field(default_factory=_default_modes)
     """names for widths; `think` is all of hidden_size; below 2048 scaled by hidden_size / 2048 to the nearest width"""
 

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from megatron_adamba.errors import DataError
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson", ".jl")
+JSON_SUFFIXES = (".json", ".ipynb")
 HEAD = 1 << 20
 """bytes by which a file's kind is told"""
 NAMES_KEPT = 100
@@ -74,8 +76,7 @@ def read_documents(name: str, path: Path, key: str, left_out: LeftOut) -> Docume
     """
     try:
         with open_content(path) as stream:
-            head = stream.read(HEAD)
-        kind = _kind(name, head, key)
+            kind = _kind(name, stream, key)
         if kind == "lines":
             yield from _json_lines(name, path, key)
             return
@@ -151,27 +152,46 @@ def plain_suffix(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
 
 
-def _kind(name: str, head: bytes, key: str) -> str:
+def _kind(name: str, stream: BinaryIO, key: str) -> str:
     """lines | json | text | json or text, by a file's ending where that leaves no doubt, else by what is in it."""
-    suffix = plain_suffix(name)
+    suffix, head = plain_suffix(name), stream.read(HEAD)
     encoding, mark = _encoding(head)
     text = head[mark:].decode(encoding, errors="replace").lstrip()
-    lines = [line for line in text.split("\n") if line.strip()]
-    if len(head) == HEAD:
-        cut = lines.pop()  # off somewhere
-        if not lines and suffix != ".json" and cut.startswith("{") and json.dumps(key) in cut:
-            return "lines"
     if suffix in JSON_LINES_SUFFIXES:
         return "json" if text.startswith("[") else "lines"
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(head) == HEAD and lines:
+        cut = lines.pop()  # off somewhere
+        if not lines and suffix not in JSON_SUFFIXES and cut.startswith("{"):
+            lines = [cut + stream.readline().decode(encoding, errors="ignore")]
     records = [_parsed(line) for line in lines[:2]]
-    if suffix == ".json":
+    if suffix in JSON_SUFFIXES:
         return "lines" if len(lines) > 1 and isinstance(records[0], dict) else "json"
     # two objects in a row are no prose, whatever their keys
-    objects = bool(records) and all(isinstance(found, dict) for found in records)
-    if objects and (len(records) > 1 or isinstance(records[0].get(key), str)):
+    if len(records) > 1 and all(isinstance(found, dict) for found in records):
         return "lines"
-    opens_records = text.startswith("[") and text[1:].lstrip().startswith("{") and json.dumps(key) in text
-    return "json or text" if opens_records else "text"
+    if lines and _opens_lines(lines, key, suffix):
+        return "lines"
+    may_be_records = re.match(r"(\[\s*)?\{", text) and json.dumps(key) in text
+    return "json or text" if may_be_records else "text"
+
+
+def _opens_lines(lines: list[str], key: str, suffix: str) -> bool:
+    """Whether the first line is a record with the key, whatever comes of the next ones; prose may quote one, too."""
+    first = lines[0].strip()
+    try:
+        record, end = json.JSONDecoder().raw_decode(first)
+    except (ValueError, RecursionError):
+        # cut off, unless it goes on in a next line
+        quoted = json.dumps(key)
+        opened = re.match(rf'\{{\s*{re.escape(quoted)}\s*:\s*"', first) or (len(first) >= HEAD // 4 and quoted in first)
+        return len(lines) == 1 and first.startswith("{") and bool(opened)
+    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        return False
+    behind = first[end:].lstrip()
+    if behind:
+        return behind.startswith(("{", ","))
+    return len(lines) == 1 or suffix == "" or lines[1].lstrip().startswith("{")
 
 
 def _parsed(line: str) -> Any:
@@ -232,8 +252,9 @@ def _recoded(stream: BinaryIO, encoding: str, path: Path) -> Iterator[bytes]:
 def _record(path: Path, number: int, line: bytes, key: str) -> Any:
     try:
         return json.loads(line)
-    except (ValueError, RecursionError):  # also what is not UTF-8
-        raise DataError(f'{path} line {number}: not JSON; a line reads {{"{key}": "..."}}') from None
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        what = "more than one JSON value" if getattr(error, "msg", "") == "Extra data" else "not JSON"
+        raise DataError(f'{path} line {number}: {what}; a line reads {{"{key}": "..."}}') from None
 
 
 def _text_of(record: Any, where: str, key: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_adamba.config.root import TOKENIZER_NOTE
+from megatron_adamba.data.tokenizer_growth import MOST_GROWTH, growth
+from megatron_adamba.data.tokenizer_hidden import hide_special_pieces
 from megatron_adamba.data.tokenizer_options import (
     LARGEST_FILE,
     MOST_IDS,
@@ -43,10 +46,10 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json` in the format of the Hugging Face `tokenizers` library."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, name: str, eod_token: str, content: bytes) -> None:
-        self._tokenizer = keep_vocabulary_alone(tokenizer, eod_token)
         self.name = name
         self.eod_id: int = tokenizer.token_to_id(eod_token)
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._tokenizer = keep_vocabulary_alone(tokenizer, eod_token)
         self._content = content
         self._chosen = eod_token if eod_token != _usual_eod_token(tokenizer) else None
         # another end of document makes it another tokenizer
@@ -62,8 +65,10 @@ class HuggingFaceTokenizer:
         content = read_regular(path, TokenizerError, f"give a file for {flags.tokenizer}", LARGEST_FILE)
         note = TokenizerNote.beside(path)
         with library_failures(f"{where}: not a Hugging Face tokenizer.json ({{reason}})"):
+            values = json.loads(content)
+            _check_growth(values, where)
             tokenizer = Tokenizer.from_buffer(content)
-            content = _without_calls(tokenizer, content)
+            content = _normal_content(tokenizer, values.get("post_processor"))
             largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not 0 <= largest < MOST_IDS:
             raise TokenizerError(f"{where}: its largest id is {largest}; ids from 0 to {MOST_IDS - 1} are read")
@@ -128,15 +133,30 @@ def keep_vocabulary_alone(tokenizer: tokenizers.Tokenizer, eod_token: str) -> to
     # have it among its plain added tokens, which no switch turns off.
     tokenizer.add_special_tokens([AddedToken(eod_token, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True
+    hide_special_pieces(tokenizer, eod_token)
     return tokenizer
 
 
-def _without_calls(tokenizer: tokenizers.Tokenizer, content: bytes) -> bytes:
-    """The file without the truncation and padding of somebody's last call, so that one tokenizer has one hash."""
-    if tokenizer.truncation is None and tokenizer.padding is None:
-        return content
+def _check_growth(values: Any, where: str) -> None:
+    """Raises TokenizerError before the library runs what would take all memory: it does so as it reads a file, too."""
+    found = growth(values) if isinstance(values, dict) else 1
+    if found > MOST_GROWTH:
+        raise TokenizerError(
+            f"{where}: its normalizer, pre-tokenizer and decoder may make a text {found:.3g} times as long; up to "
+            f"{MOST_GROWTH} are read; shorten what its Replace and Prepend steps write"
+        )
+
+
+def _normal_content(tokenizer: tokenizers.Tokenizer, added: dict[str, Any] | None) -> bytes:
+    """The file as the library writes it, so that one tokenizer has one hash however it was saved.
+
+    Without the truncation and padding of somebody's last call, and without the post-processor (`added`) that
+    `transformers` puts where there is none, which adds nothing. Others stay in, as in the hashes that there are.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if added and added.get("type") == "TemplateProcessing" and not added.get("special_tokens"):
+        tokenizer.post_processor = None
     return tokenizer.to_str(pretty=True).encode()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import json
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from megatron_adamba.config.rules import nearest
+from megatron_adamba.engine.ds_values import check_values
 from megatron_adamba.engine.launch import import_deepspeed
 from megatron_adamba.errors import ConfigError
 
@@ -34,29 +34,12 @@ _NOT_USED = {
     "curriculum_learning": "--data.train",
     "hybrid_engine": None,
     "autotuning": None,
+    "compile": None,
     "weight_quantization": None,
     "torch_autocast": None,
     "datastates_config": None,
 }
 """sections that DeepSpeed knows and that nothing reads here: what is set instead"""
-_ALONE = {
-    ("zero_allow_untested_optimizer",): True,
-    ("zero_force_ds_cpu_optimizer",): False,
-    ("bf16", "check_grad_overflow"): False,
-    ("bf16", "bf16_master_weights_and_grads"): False,
-    ("bf16", "bf16_optimizer_states"): False,
-    ("bf16", "immediate_grad_update"): False,
-    ("zero_optimization", "offload_optimizer", "ratio"): 1,
-    ("zero_optimization", "offload_optimizer", "super_offload"): False,
-    ("zero_optimization", "zenflow"): None,
-    ("zero_optimization", "zero_quantized_weights"): False,
-    ("zero_optimization", "zero_quantized_nontrainable_weights"): False,
-    ("zero_optimization", "zero_quantized_gradients"): False,
-    ("zero_optimization", "zero_hpz_partition_size"): 1,
-    ("managed_gradient_accumulation",): True,
-    ("gradient_allreduce_op",): "mean",
-}
-"""what a run needs, or was never tried without: the one value that may stand there"""
 _SECTIONS = {
     "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
     "bf16": ("deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
@@ -66,7 +49,6 @@ _SECTIONS = {
     "wandb": ("deepspeed.monitor.config", "WandbConfig"),
     "csv_monitor": ("deepspeed.monitor.config", "CSVConfig"),
     "comet": ("deepspeed.monitor.config", "CometConfig"),
-    "compile": ("deepspeed.compile.config", "CompileConfig"),
 }
 """those that DeepSpeed describes by a class"""
 _NOT_NEGATIVE = Annotated[int, Field(ge=0)]
@@ -134,20 +116,9 @@ def check_ds_config(values: dict[str, Any], source: str) -> None:
         _schema().model_validate(_whole_numbers(values))
     except ValidationError as failure:
         raise ConfigError(f"{source}: {_described(failure, values)}") from None
-    _refuse_other_values(values, source)
+    _refuse_two_names(values, source)
+    check_values(values, source)
     _ask_deepspeed(values, source)
-
-
-def _refuse_other_values(values: dict[str, Any], source: str) -> None:
-    for place, only in _ALONE.items():
-        found: Any = values
-        for part in place:
-            found = found.get(part, only) if isinstance(found, dict) else only
-        if found != only:
-            name, shown, wanted = ".".join(place), json.dumps(found)[:60], json.dumps(only)
-            raise ConfigError(f"{source}: {name} {shown}: is not supported here; write {wanted}, or leave it out")
-    if values.get("wandb", {}).get("enabled") and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f"{source}: wandb.enabled true: wandb is not installed; pip install wandb, or write false")
 
 
 def _refuse_removed(values: dict[str, Any], source: str) -> None:
@@ -158,6 +129,14 @@ def _refuse_removed(values: dict[str, Any], source: str) -> None:
         raise ConfigError(f"{source}: {error} Take it out of the file") from None
 
 
+def _refuse_two_names(values: dict[str, Any], source: str) -> None:
+    """DeepSpeed's own name of a field and the one that files use: it takes either, not both."""
+    for key, (module, name) in _SECTIONS.items():
+        for own, field in getattr(importlib.import_module(module), name).model_fields.items():
+            if field.alias and {own, field.alias} <= values.get(key, {}).keys():
+                raise ConfigError(f"{source}: {key}.{own}: is {key}.{field.alias}, which is given, too; take one out")
+
+
 def _ask_deepspeed(values: dict[str, Any], source: str) -> None:
     """Rules between the values of a section."""
     for key, (module, name) in _SECTIONS.items():
@@ -165,8 +144,11 @@ def _ask_deepspeed(values: dict[str, Any], source: str) -> None:
             if key in values:
                 getattr(importlib.import_module(module), name)(**values[key])
         except (ValueError, AssertionError) as error:
-            text = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise ConfigError(f"{source}: {key}: {text}; see ds_configs/zero1.json") from None
+            text, place = str(error), key
+            if isinstance(error, ValidationError):
+                found = error.errors(include_url=False)[0]
+                text, place = found["msg"], ".".join([key, *map(str, found["loc"])])
+            raise ConfigError(f"{source}: {place}: {text}; see ds_configs/zero1.json") from None
 
 
 @functools.cache

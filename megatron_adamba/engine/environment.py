@@ -11,17 +11,52 @@ import time
 import zlib
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_adamba.errors import ConfigError
 
-_MPI = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+
+class _Launcher(NamedTuple):
+    """What a launcher calls things, and how a variable is passed on by it."""
+
+    rank: str
+    ranks: str
+    local_rank: str
+    local_ranks: str
+    """how many ranks are on this machine"""
+    with_address: str
+
+
+_OPEN_MPI = _Launcher(
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "mpirun -x MASTER_ADDR=$(hostname)",
 )
-"""rank, ranks, rank on this machine, ranks on it: Open MPI's mpirun, and MPICH's and Intel MPI's"""
+_MVAPICH = _Launcher(
+    "MV2_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+    "mpirun_rsh -np N MASTER_ADDR=$(hostname)",
+)
+_FLUX = _Launcher("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "", "flux run --env=MASTER_ADDR=$(hostname)")
+_HYDRA = _Launcher(
+    "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpiexec -genv MASTER_ADDR $(hostname)"
+)
+"""of MPICH and Intel MPI"""
 _STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 """srun sets them, and a batch script or a shell of an allocation has none"""
-_JOBS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PBS_JOBID", "LSB_JOBID")
+_JOBS = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "PMIX_NAMESPACE",
+    "OMPI_MCA_ess_base_jobid",
+    "PBS_JOBID",
+    "LSB_JOBID",
+    "FLUX_JOB_ID",
+)
 """what tells one job of a machine from another"""
 _MARK_SECONDS = 60
 """after which a mark that says "told already" is another start's"""
@@ -69,14 +104,11 @@ def complete_environment(env: MutableMapping[str, str] = os.environ, quiet: bool
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name, "x").strip():
             del env[name]
-    mpi = next((names for names in _MPI if env.get(names[0]) and env.get(names[1])), None)
-    # SLURM's own plugin for MPI sets PMI's variables, too; Open MPI's mpirun starts its daemons by srun
-    step = any(env.get(name) for name in _STEP)
     if "RANK" in env and "WORLD_SIZE" in env:
         env.setdefault("LOCAL_RANK", env["RANK"])
-    elif mpi is not None and _number(env, mpi[1]) > 1 and not (step and mpi is not _MPI[0]):
-        _from_mpi(env, *mpi)
-    elif step and _slurm_tasks(env) > 1 and env.get("SLURM_PROCID"):
+    elif launcher := _innermost(env):
+        _from_launcher(env, launcher)
+    elif _in_step(env) and _slurm_tasks(env) > 1 and env.get("SLURM_PROCID"):
         _from_slurm(env)
     else:
         _alone(env, quiet)
@@ -90,14 +122,44 @@ def complete_environment(env: MutableMapping[str, str] = os.environ, quiet: bool
         raise ConfigError(f"RANK {rank}: must be below WORLD_SIZE {ranks}; start through a launcher")
 
 
-def _from_mpi(env: MutableMapping[str, str], rank: str, ranks: str, local_rank: str, local_ranks: str) -> None:
-    env["RANK"], env["WORLD_SIZE"] = env[rank], env[ranks]
-    env["LOCAL_RANK"] = env.get(local_rank) or env[rank]
-    if "MASTER_ADDR" not in env and env.get(local_ranks) != env[ranks]:
-        raise ConfigError(
-            "MASTER_ADDR: is not set, and mpirun does not tell where the first rank runs; start with "
-            "mpirun -x MASTER_ADDR=$(hostname) ..."
-        )
+def _innermost(env: Mapping[str, str]) -> _Launcher | None:
+    """The launcher that started this very process, where it is not srun and started more than one.
+
+    A launcher starts its daemons by another one, of which its processes inherit the variables: mpirun by srun, in an
+    allocation of SLURM. srun and flux in turn set PMI's variables of their own accord, with the same number of ranks.
+    """
+    found = [one for one in (_OPEN_MPI, _MVAPICH, _FLUX, _HYDRA) if env.get(one.rank) and env.get(one.ranks)]
+    found = [one for one in found if _number(env, one.ranks) > 1]
+    if _HYDRA in found:
+        ranks = _number(env, _HYDRA.ranks)
+        if _in_step(env) and ranks == _slurm_tasks(env):
+            found.remove(_HYDRA)
+        elif _FLUX in found and ranks != _number(env, _FLUX.ranks):
+            found.remove(_FLUX)
+    return found[0] if found else None
+
+
+def _in_step(env: Mapping[str, str]) -> bool:
+    return any(env.get(name) for name in _STEP)
+
+
+def _from_launcher(env: MutableMapping[str, str], launcher: _Launcher) -> None:
+    env["RANK"], env["WORLD_SIZE"] = env[launcher.rank], env[launcher.ranks]
+    env["LOCAL_RANK"] = env.get(launcher.local_rank) or env[launcher.rank]
+    on_one = (
+        env.get("FLUX_JOB_NNODES") == "1" if launcher is _FLUX else env.get(launcher.local_ranks) == env["WORLD_SIZE"]
+    )
+    if "MASTER_ADDR" in env or on_one:
+        return
+    if launcher is _HYDRA and env.get("SLURM_STEP_NODELIST"):
+        # of its daemons, which it starts in the order of its nodes
+        env["MASTER_ADDR"] = first_host(env["SLURM_STEP_NODELIST"])
+        return
+    name = launcher.with_address.split()[0]
+    raise ConfigError(
+        f"MASTER_ADDR: is not set, and {name} does not tell where the first rank runs; start with "
+        f"{launcher.with_address} ..."
+    )
 
 
 def _from_slurm(env: MutableMapping[str, str]) -> None:

@@ -21,17 +21,20 @@ _ADVICE = "restore the file"
 
 
 def published_end_tokens(folder: Path, config: dict[str, Any], vocab_size: int, id_of: IdOf) -> list[int] | None:
-    """Ids at which transformers' `generate` stops: generation_config.json's, else config.json's; where neither names
-    one, the tokenizer's own eos token; None where that is not known either. Ids beyond the vocabulary never come and
-    are left out.
+    """Ids at which transformers' `generate` stops. Where there is a generation_config.json it alone counts, and none in
+    it means that no token ends a text: an empty list. Else config.json's; where that names none, the tokenizer's own
+    eos token; None where that is not known either. Ids beyond the vocabulary never come and are left out.
 
     Raises CheckpointError.
     """
     found = _ids(config, folder / "config.json")
     path = folder / GENERATION_FILE
     if path.exists():
-        own = _ids(read_json(path, JsonObject, CheckpointError, _ADVICE), path)
-        found = found if own is None else own
+        values, in_config = read_json(path, JsonObject, CheckpointError, _ADVICE), found
+        found = _ids(values, path)
+        # what transformers writes of its own accord beside a config.json says nothing that this does not
+        said = in_config is not None or values.get("_from_model_config") is not True
+        found = [] if found is None and said else found
     if found is None:
         return _eos_token(folder, id_of)
     ids = [found] if isinstance(found, int) else found
@@ -40,13 +43,13 @@ def published_end_tokens(folder: Path, config: dict[str, Any], vocab_size: int, 
 
 def named_end_tokens(id_of: IdOf, names: Sequence[str]) -> list[int] | None:
     """Ids of the names that a tokenizer knows; None where it knows none, or only its end of a document."""
-    ids = [id_of(name) for name in names]
-    return _unless_usual([token for token in ids if token is not None], id_of)
+    ids = [token for token in map(id_of, names) if token is not None]
+    return _unless_usual(ids, id_of) if ids else None
 
 
 def _unless_usual(ids: list[int], id_of: IdOf) -> list[int] | None:
-    """None for none, and for the one that is taken where nothing is said."""
-    return None if not ids or ids == [id_of(None)] else ids
+    """None for the one that is taken where nothing is said."""
+    return None if ids == [id_of(None)] else ids
 
 
 def _ids(values: dict[str, Any], path: Path) -> int | list[int] | None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.root import find_tokenizer
 from megatron_adamba.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megatron_adamba.data.tokenizer_options import library_failures
 from megatron_adamba.data.tokenizer_sentencepiece import SPACE_MARK
 from megatron_adamba.data.tokenizer_tiktoken import TiktokenTokenizer
 from megatron_adamba.surgery.canonical_source import CanonicalSource
 from megatron_adamba.surgery.end_tokens import GENERATION_FILE, TOKENIZER_CONFIG_FILE
+from megatron_adamba.surgery.split_pattern import for_tokenizers
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _JSON, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
@@ -37,19 +38,22 @@ def published_text(source: CanonicalSource) -> PublishedText:
     listed = source.config.end_tokens
     if spec is None:
         settings = _settings(None, listed)
-        return PublishedText(settings, _generation(settings))
+        return PublishedText(settings, _generation(settings, listed))
     tokenizer = load_tokenizer(spec)
     settings = _settings(tokenizer.eod_id, [tokenizer.eod_id] if listed is None else listed)
-    return PublishedText(settings, {**_tokenizer_files(spec, tokenizer, settings), **_generation(settings)})
+    return PublishedText(settings, {**_tokenizer_files(spec, tokenizer, settings), **_generation(settings, listed)})
 
 
 def _settings(bos: int | None, ends: list[int] | None) -> dict[str, Any]:
-    one_or_all = ends[0] if ends and len(ends) == 1 else ends
+    # transformers' `generate` fails at an empty list
+    one_or_all = ends[0] if ends and len(ends) == 1 else ends or None
     return {"bos_token_id": bos, "eos_token_id": one_or_all, "pad_token_id": None}
 
 
-def _generation(settings: dict[str, Any]) -> dict[str, bytes]:
+def _generation(settings: dict[str, Any], ends: list[int] | None) -> dict[str, bytes]:
     known = {name: value for name, value in settings.items() if value is not None}
+    if ends is not None:
+        known["eos_token_id"] = settings["eos_token_id"]
     return {GENERATION_FILE: _json(known)} if known else {}
 
 
@@ -116,7 +120,8 @@ class _Pieces:
 
 def _byte_pairs(ranks: dict[bytes, int], pattern: str | None) -> Any:
     """A byte-pair encoding as the tokenizers library has it. ranks: of byte strings, which are the ids too; none: the
-    256 bytes are the vocabulary. pattern: cuts the text before."""
+    256 bytes are the vocabulary. pattern: cuts the text before; TokenizerError where the library cannot do as it says.
+    """
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
@@ -128,9 +133,9 @@ def _byte_pairs(ranks: dict[bytes, int], pattern: str | None) -> Any:
     made = Library(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     if pattern is not None:
-        # a possessive quantifier is another thing in the library's dialect; here a plain one gives the same pieces
-        plain = re.sub(r"([*+?]|\{\d*,?\d*\})\+", r"\1", pattern)
-        steps.insert(0, pre_tokenizers.Split(Regex(plain), behavior="isolated"))
+        advice = "give the model's tokenizer one without it, for example that of cl100k_base"
+        with library_failures(f"its splitting pattern has {{reason}}, which transformers has no word for; {advice}"):
+            steps.insert(0, pre_tokenizers.Split(Regex(for_tokenizers(pattern)), behavior="isolated"))
     made.pre_tokenizer = pre_tokenizers.Sequence(steps)
     made.decoder = decoders.ByteLevel()
     return made

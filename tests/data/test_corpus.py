@@ -138,6 +138,68 @@ def test_text_that_looks_like_json_stays_text(tmp_path: Path):
         assert texts(tmp_path / name) == [content]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("part-00000", '{"text": "one"}\n{"text": "tw', "line 2: not JSON"),
+        ("part-00000", '{"text": "one"}\nprose', "line 2: not JSON"),
+        ("a.dump", '{"id": 1, "text": "one"}\n\n{"id": 2, "te', "line 3: not JSON"),
+        ("a.txt", '{"text": "one"}\n{', "line 2: not JSON"),
+        ("part-00000", '{"text": "on', "line 1: not JSON"),
+        ("part-00000", '{"text": "one"}{"text": "two"}\n', "line 1: more than one JSON value"),
+        ("a.dump", '{"text": "one"} {"text": "two"}\n{"text": "three"}\n', "line 1: more than one JSON value"),
+        ("part-00000", '{"text": "one"},\n{"text": "two"}\n', "line 1: more than one JSON value"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_json_lines_that_are_damaged_are_no_text(name: str, content: str, words: str, packed: bool, tmp_path: Path):
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    with pytest.raises(DataError, match=words) as caught:
+        texts(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("end", ["", "\n", '\n{"text": "two"}\n', "\n\nprose"])
+def test_a_first_line_longer_than_what_is_looked_at(encoding: str, end: str, tmp_path: Path):
+    path = tmp_path / "part-00000"
+    path.write_bytes(
+        (json.dumps({"id": "\u00e9x" * (1 << 20), "text": "one"}, ensure_ascii=False) + end).encode(encoding)
+    )
+    if "prose" in end:
+        with pytest.raises(DataError, match="line 3: not JSON"):
+            texts(path)
+    else:
+        assert texts(path) == (["one", "two"] if "two" in end else ["one"])
+    path.write_text('{"id": 1, "text": "' + "x" * (1 << 21))
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        texts(path)
+    # nothing but spaces, and one without the key, are text
+    path.write_text(" \n" * (1 << 20) + "a")
+    assert texts(path) == [" \n" * (1 << 20) + "a"]
+    content = json.dumps({"id": "x" * (1 << 21)})
+    path.write_text(content)
+    assert texts(path) == [content]
+
+
+def test_a_record_over_several_lines_without_an_ending(tmp_path: Path):
+    (tmp_path / "one").write_text(json.dumps(RECORDS[1] | {"id": 3}, indent=2))
+    assert texts(tmp_path / "one") == TEXTS[1:2]
+    (tmp_path / "no").write_text('{"text": "an example,\nand more')
+    assert texts(tmp_path / "no") == ['{"text": "an example,\nand more']
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_notebooks_are_json(indent: int | None, tmp_path: Path):
+    cells = [{"cell_type": "code", "source": ["import os\n"], "outputs": []}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4}, indent=indent))
+    (tmp_path / "a.txt").write_text("a")
+    left_out = LeftOut()
+    assert texts(tmp_path, left_out=left_out) == ["a"]
+    assert left_out == {"json without text": 1} and left_out.names["json without text"] == ["a.ipynb"]
+
+
 def test_json_without_a_text_is_named(tmp_path: Path):
     for name, content in {"package.json": '{"name": "x"}', "bad.json": "{,}", "deep.json": "[" * 100_000}.items():
         (tmp_path / name).write_text(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -105,6 +106,20 @@ def at(path: str, value):
         ("zero_optimization.zero_quantized_weights", True, "zero_quantized_weights"),
         ("zero_allow_untested_optimizer", False, "zero_allow_untested_optimizer false"),
         ("gradient_clipping", "1.0", "gradient_clipping"),
+        ("gradient_predivide_factor", 2.0, "gradient_predivide_factor 2.0: does not go with reduce_scatter at ZeRO 3"),
+        ("prescale_gradients", True, "prescale_gradients true: does not go with reduce_scatter at ZeRO 3; write false"),
+        ("zero_optimization.legacy_stage1", True, "zero_optimization.legacy_stage1 true: is not supported here"),
+        ("zero_optimization.stage3_module_granularity_threshold", 10**6, "is not supported here; write 0"),
+        ("zero_optimization.module_granularity_threshold", 10**6, "module_granularity_threshold 1000000: is not"),
+        ("aio.use_gds", True, "aio.use_gds true: is not supported here; write false"),
+        ("compile", {"deepcompile": True}, "section 'compile' is not used here; take it out of the file"),
+        (
+            "zero_optimization.param_persistence_threshold",
+            10,
+            "zero_optimization.param_persistence_threshold: is zero_optimization.stage3_param_persistence_threshold, "
+            "which is given, too; take one out",
+        ),
+        ("zero_optimization.prefetch_bucket_size", 10, "zero_optimization.prefetch_bucket_size: is zero_optimization."),
     ],
 )
 def test_what_would_do_something_else_than_it_says_is_refused(tmp_path, path, value, message):
@@ -113,6 +128,61 @@ def test_what_would_do_something_else_than_it_says_is_refused(tmp_path, path, va
     with pytest.raises(ConfigError) as caught:
         check_ds_config(read_ds_config(str(file)), f"--deepspeed_config {file}")
     assert message in str(caught.value) and f"--deepspeed_config {file}" in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_buckets_of_an_odd_size(stage):
+    """DeepSpeed asserts it as its optimizer is made."""
+    zero = {"stage": stage, "allgather_bucket_size": 1001, "reduce_bucket_size": 1001}
+    with pytest.raises(ConfigError, match=r"allgather_bucket_size 1001: must be even at ZeRO \d, for example 1002"):
+        check_ds_config({"zero_optimization": zero}, "FILE")
+    check_ds_config({"zero_optimization": zero | {"allgather_bucket_size": 1002}}, "FILE")
+    check_ds_config({"zero_optimization": zero | {"stage": 3}}, "FILE")
+
+
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, "reduce_scatter": False}, {"stage": 3}], ids=str)
+def test_values_that_one_stage_does_not_take_and_another_does(zero):
+    scaled = {"gradient_predivide_factor": 2.0, "prescale_gradients": True}
+    allowed = zero["stage"] < 3
+    check_ds_config({"zero_optimization": zero} | (scaled if allowed else {}), "FILE")
+    check_ds_config({"zero_optimization": zero | {"module_granularity_threshold": 0}}, "FILE")
+
+
+@pytest.mark.parametrize(
+    ("section", "package"), [("wandb", "wandb"), ("comet", "comet_ml"), ("tensorboard", "tensorboard")]
+)
+def test_monitors_whose_package_is_not_there(section, package, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(ConfigError, match=f"{section}.enabled true: {package} is not installed; pip install {package}"):
+        check_ds_config({section: {"enabled": True}}, "FILE")
+    check_ds_config({section: {"enabled": False}}, "FILE")
+
+
+@pytest.mark.parametrize("path", ["FOLDER/file", "FOLDER/file/deep", "x" * 300, "a\0b"], ids=repr)
+def test_paths_where_nothing_can_be_written(path, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = path.replace("FOLDER", str(tmp_path))
+    for section, key in (
+        ("csv_monitor", "output_path"),
+        ("tensorboard", "output_path"),
+        ("flops_profiler", "output_file"),
+    ):
+        path = path + "/x" * (key == "output_file" and path.endswith("file"))
+        values = {section: {"enabled": True, key: path}}
+        with pytest.raises(ConfigError, match=rf"FILE: {section}\.{key}.*; for example runs/") as caught:
+            check_ds_config(values, "FILE")
+        assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
+        values[section]["enabled"] = False
+        check_ds_config(values, "FILE")
+
+
+def test_the_profilers_file_is_no_folder_and_monitors_make_theirs(tmp_path):
+    with pytest.raises(ConfigError, match=r"output_file .*: is a folder; name a file, for example .*/flops\.txt"):
+        check_ds_config({"flops_profiler": {"enabled": True, "output_file": str(tmp_path)}}, "FILE")
+    check_ds_config({"flops_profiler": {"enabled": True, "output_file": str(tmp_path / "new" / "x.txt")}}, "FILE")
+    check_ds_config({"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "a" / "b")}}, "FILE")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_key_given_twice_is_refused(tmp_path):

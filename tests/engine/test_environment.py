@@ -47,6 +47,60 @@ def test_open_mpi_and_mpich():
     assert not first_rank(OPEN_MPI) and first_rank(OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"})
 
 
+@pytest.mark.parametrize("rank", range(8))
+def test_hydra_in_an_allocation_starts_its_daemons_by_srun(rank):
+    """MPICH's and Intel MPI's: SLURM's variables are the daemon's."""
+    daemon = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank // 4), "SLURM_LOCALID": "0"}
+    own = {"PMI_RANK": str(rank), "PMI_SIZE": "8", "MPI_LOCALRANKID": str(rank % 4), "MPI_LOCALNRANKS": "4"}
+    both = daemon | own | {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"}
+    assert completed(**both, MASTER_ADDR="node1") == (str(rank), "8", str(rank % 4), "node1")
+    assert completed(**both, SLURM_STEP_NODELIST="node[3-4]") == (str(rank), "8", str(rank % 4), "node3")
+    assert first_rank(both | {"MASTER_ADDR": "node1"}) == (rank == 0)
+    # all on one machine, where there is one daemon
+    one = both | {
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_PROCID": "0",
+        "MPI_LOCALNRANKS": "8",
+        "MPI_LOCALRANKID": str(rank),
+    }
+    assert completed(**one) == (str(rank), "8", str(rank), "127.0.0.1")
+    with pytest.raises(ConfigError, match="mpiexec -genv MASTER_ADDR"):
+        completed(**both)
+
+
+def test_mvapich():
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    own = {f"MV2_COMM_WORLD_{name}": value for name, value in zip(names, ("5", "8", "1", "4"), strict=True)}
+    assert completed(**own, MASTER_ADDR="node1") == ("5", "8", "1", "node1")
+    # its daemons, too, may be started by srun
+    assert completed(**STEP | {"SLURM_STEP_NUM_TASKS": "2"} | own, MASTER_ADDR="node1") == ("5", "8", "1", "node1")
+    with pytest.raises(ConfigError, match=r"mpirun_rsh .* MASTER_ADDR"):
+        completed(**own)
+    assert completed(**own | {"MV2_COMM_WORLD_LOCAL_SIZE": "8"}) == ("5", "8", "1", "127.0.0.1")
+
+
+def test_flux():
+    own = {"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_NNODES": "2"}
+    assert completed(**own, MASTER_ADDR="node1") == ("5", "8", "1", "node1")
+    # it sets PMI's variables as well
+    assert completed(**own, PMI_RANK="5", PMI_SIZE="8", MASTER_ADDR="node1") == ("5", "8", "1", "node1")
+    assert completed(**own | {"FLUX_JOB_NNODES": "1"}) == ("5", "8", "1", "127.0.0.1")
+    with pytest.raises(
+        ConfigError, match=r"MASTER_ADDR: .*flux does not tell .*; start with flux run --env=MASTER_ADDR"
+    ):
+        completed(**own)
+    # another launcher within a job of flux
+    hydra = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}
+    for outer in (own, own | {"FLUX_JOB_SIZE": "1", "FLUX_TASK_RANK": "0"}):
+        assert completed(**outer | hydra) == completed(**outer | OPEN_MPI) == ("3", "4", "3", "127.0.0.1")
+    assert completed(**own, RANK="1", WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="x", OMPI_COMM_WORLD_SIZE="x")[:2] == (
+        "1",
+        "2",
+    )
+    with pytest.raises(ConfigError, match="FLUX_JOB_SIZE 'many'"):
+        completed(**own | {"FLUX_JOB_SIZE": "many"})
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_an_empty_variable_counts_as_none(name):
     assert completed(**{name: ""}) == ("0", "1", "0", "127.0.0.1")

@@ -118,6 +118,47 @@ def test_texts_end_where_transformers_ends_them(kind, place, tmp_path):
     assert tokenizer.eos_token_id == (first if place == "config.json" else second)
 
 
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [
+        ("nanochat", {"temperature": 0.6}),
+        ("nanochat", {"eos_token_id": None}),
+        ("nanochat", {"eos_token_id": [SIZE]}),
+        ("nanochat", {"_from_model_config": True}),
+        ("gpt-oss", {}),
+    ],
+    ids=str,
+)
+def test_generation_settings_without_an_end_mean_that_texts_have_none(kind, written, tmp_path):
+    """Whatever config.json and the tokenizer say beside them."""
+    folder = source(tmp_path / "hf", kind)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["eos_token_id"] = common_tokens(folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps(written))
+    wanted = their_texts(folder, prompts_of())
+    assert all(len(text) == COUNT for text in wanted)
+    ours = write(import_hugging_face(folder), tmp_path / "ours")
+    assert read_model_config(ours).end_tokens == []
+    assert our_texts(ours, prompts_of()) == wanted
+    back = write(export_by_blocks(ours), tmp_path / "back")
+    assert their_texts(back, prompts_of()) == wanted
+    assert read_model_config(write(import_hugging_face(back), tmp_path / "again")).end_tokens == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_empty_list_means_that_texts_have_no_end(name, tmp_path):
+    folder = source(tmp_path / "hf")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    settings = json.loads((folder / name).read_text()) if name == "config.json" else {}
+    (folder / name).write_text(json.dumps(settings | {"eos_token_id": []}))
+    ours = write(import_hugging_face(folder), tmp_path / "ours")
+    assert read_model_config(ours).end_tokens == []
+    assert all(len(text) == COUNT for text in our_texts(ours, prompts_of()))
+    back = write(export_by_blocks(ours), tmp_path / "back")
+    assert our_texts(ours, prompts_of()) == their_texts(back, prompts_of())
+
+
 def test_a_chat_tokenizers_end(tmp_path):
     """Where no file has an id, the name that the tokenizer's own settings have."""
     folder = source(tmp_path / "hf")
