@@ -104,7 +104,7 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
             aside |= {id(part) for part in node.values if isinstance(part, ast.Constant)}
         called = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
         called = called or getattr(getattr(node, "func", None), "id", "")
-        if called in ("add_argument", "Command", "Program", "Group", "job_command", "CommandParser"):
+        if called in ("add_argument", "Command", "Program", "Group", "job_command", "CommandParser", "_Launcher"):
             aside |= {id(inner) for inner in ast.walk(node)}
         elif called in ("replace", "removeprefix", "startswith"):
             aside |= {id(inner) for argument in node.args for inner in ast.walk(argument)}

@@ -26,9 +26,15 @@ def start(ranks: int, words: list[str]) -> list[subprocess.Popen]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                preexec_fn=hear_hangups,
             )
         )
     return processes
+
+
+def hear_hangups() -> None:
+    """Under nohup, tests inherit that SIGHUP is ignored, and a run leaves it so."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_until(processes, condition, patience=180):
