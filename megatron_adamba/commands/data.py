@@ -12,6 +12,7 @@ from megatron_adamba.commands.command import Command
 from megatron_adamba.config.parser import CommandParser
 from megatron_adamba.config.rules import file_to_write
 from megatron_adamba.config.script import stopped_by_signals
+from megatron_adamba.data.corpus import corpus_bytes
 from megatron_adamba.data.preprocess import PreprocessOptions, preprocess
 from megatron_adamba.files import write_atomically
 
@@ -34,8 +35,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from megatron_adamba.commands.progress import on_terminal, progress_bar
 
     if args.json is not None:
         file_to_write("--json", args.json, "report.json")
@@ -51,20 +51,10 @@ def run(args: Namespace) -> int:
         workers=args.workers,
     )
     started = time.perf_counter()
-    columns = (TextColumn("{task.completed} documents"), BarColumn(), TextColumn("{task.fields[speed]:.1f} MB/s"))
-    done = 0
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # a log gets no empty line for the bar
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("tokenizing", total=None, speed=0.0)
-
-        def progress(documents: int, num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            bar.update(task, advance=documents, speed=done / 1e6 / (time.perf_counter() - started))
-
-        with stopped_by_signals():
-            metas, left_out = preprocess(options, progress)
+    total = corpus_bytes(args.input) if on_terminal() else None
+    with progress_bar("tokenizing", total, "bytes") as bar, stopped_by_signals():
+        metas, left_out = preprocess(options, bar.advance)
+    done = sum(meta.num_bytes for meta in metas.values())
     seconds = time.perf_counter() - started
     report = {
         "datasets": {prefix: asdict(meta) for prefix, meta in metas.items()},

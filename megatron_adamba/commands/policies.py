@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_adamba.commands.progress import progress_bar
 from megatron_adamba.data.blend import open_dataset
 from megatron_adamba.evaluation.pictures import draw_policies
 from megatron_adamba.files import write_atomically
@@ -41,7 +42,8 @@ def evaluate_policies(args: Namespace) -> None:
         indexed = open_dataset(args.data, loaded.tokenizer, "--data")
         items, num_bytes = document_items(indexed, loaded.tokenizer, args.seq_len, read, args.max_tokens)
     modes = [*fixed_modes(loaded, args.fixed_exits), *modes]
-    rows = evaluate_modes(loaded, items, modes, num_bytes, args.batch_size)
+    with progress_bar("evaluating", len(items) * len(modes), "pieces") as bar:
+        rows = evaluate_modes(loaded, items, modes, num_bytes, args.batch_size, bar.advance)
     scored = sum(len(item.answer) for item in items)
     console = Console()
     print_policies(console, rows, f"{scored:,} scored tokens of {len(items):,} pieces")
