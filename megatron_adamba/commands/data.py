@@ -7,6 +7,7 @@ import time
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_adamba.commands.command import Command
 from megatron_adamba.config.parser import CommandParser
@@ -15,6 +16,9 @@ from megatron_adamba.config.script import stopped_by_signals
 from megatron_adamba.data.corpus import corpus_bytes
 from megatron_adamba.data.preprocess import PreprocessOptions, preprocess
 from megatron_adamba.files import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def add_options(parser: CommandParser) -> None:
@@ -35,6 +39,8 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    from rich.console import Console
+
     from megatron_adamba.commands.progress import on_terminal, progress_bar
 
     if args.json is not None:
@@ -65,22 +71,22 @@ def run(args: Namespace) -> int:
     }
     if args.json:
         write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
-    print_report(report, left_out.described())
+    print_report(Console(), report, left_out.described())
     return 0
 
 
-def print_report(report: dict, left_out: str) -> None:
-    from rich.console import Console
+def print_report(console: Console, report: dict, left_out: str) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for name in ("dataset", "documents", "tokens", "bytes", "bytes/token"):
-        table.add_column(name, justify="left" if name == "dataset" else "right", overflow="fold")
+    table.add_column("dataset", overflow="fold")
+    for name in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(name, justify="right", no_wrap=True)
     for prefix, meta in report["datasets"].items():
         ratio = meta["num_bytes"] / meta["num_tokens"]
         counts = (f"{meta[name]:,}" for name in ("num_documents", "num_tokens", "num_bytes"))
-        table.add_row(prefix, *counts, f"{ratio:.3f}")
-    console = Console()
+        table.add_row(Text(prefix), *counts, f"{ratio:.3f}")
     console.print(table)
     text = f"left out: {left_out or 'nothing'}; {report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB/s"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
