@@ -7,13 +7,18 @@ import time
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_adamba.commands.command import Command
 from megatron_adamba.config.parser import CommandParser
 from megatron_adamba.config.rules import file_to_write
 from megatron_adamba.config.script import stopped_by_signals
+from megatron_adamba.data.corpus import corpus_bytes
 from megatron_adamba.data.preprocess import PreprocessOptions, preprocess
 from megatron_adamba.files import write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def add_options(parser: CommandParser) -> None:
@@ -35,7 +40,8 @@ def add_options(parser: CommandParser) -> None:
 
 def run(args: Namespace) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from megatron_adamba.commands.progress import on_terminal, progress_bar
 
     if args.json is not None:
         file_to_write("--json", args.json, "report.json")
@@ -51,20 +57,10 @@ def run(args: Namespace) -> int:
         workers=args.workers,
     )
     started = time.perf_counter()
-    columns = (TextColumn("{task.completed} documents"), BarColumn(), TextColumn("{task.fields[speed]:.1f} MB/s"))
-    done = 0
-    console = Console(stderr=True)
-    quiet = not console.is_terminal  # a log gets no empty line for the bar
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bar:
-        task = bar.add_task("tokenizing", total=None, speed=0.0)
-
-        def progress(documents: int, num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            bar.update(task, advance=documents, speed=done / 1e6 / (time.perf_counter() - started))
-
-        with stopped_by_signals():
-            metas, left_out = preprocess(options, progress)
+    total = corpus_bytes(args.input) if on_terminal() else None
+    with progress_bar("tokenizing", total, "bytes") as bar, stopped_by_signals():
+        metas, left_out = preprocess(options, bar.advance)
+    done = sum(meta.num_bytes for meta in metas.values())
     seconds = time.perf_counter() - started
     report = {
         "datasets": {prefix: asdict(meta) for prefix, meta in metas.items()},
@@ -75,22 +71,22 @@ def run(args: Namespace) -> int:
     }
     if args.json:
         write_atomically(Path(args.json), (json.dumps(report, indent=2) + "\n").encode())
-    print_report(report, left_out.described())
+    print_report(Console(), report, left_out.described())
     return 0
 
 
-def print_report(report: dict, left_out: str) -> None:
-    from rich.console import Console
+def print_report(console: Console, report: dict, left_out: str) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for name in ("dataset", "documents", "tokens", "bytes", "bytes/token"):
-        table.add_column(name, justify="left" if name == "dataset" else "right", overflow="fold")
+    table.add_column("dataset", overflow="fold")
+    for name in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(name, justify="right", no_wrap=True)
     for prefix, meta in report["datasets"].items():
         ratio = meta["num_bytes"] / meta["num_tokens"]
         counts = (f"{meta[name]:,}" for name in ("num_documents", "num_tokens", "num_bytes"))
-        table.add_row(prefix, *counts, f"{ratio:.3f}")
-    console = Console()
+        table.add_row(Text(prefix), *counts, f"{ratio:.3f}")
     console.print(table)
     text = f"left out: {left_out or 'nothing'}; {report['seconds']:.1f} s, {report['megabytes_per_second']:.1f} MB/s"
     console.print(text, markup=False, highlight=False, soft_wrap=True)

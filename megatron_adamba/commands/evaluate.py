@@ -50,6 +50,7 @@ def run(args: Namespace) -> int:
 
     from rich.console import Console
 
+    from megatron_adamba.commands.progress import progress_bar
     from megatron_adamba.data.blend import open_dataset
     from megatron_adamba.data.packed import evaluation_batches
     from megatron_adamba.elastic.plan import uniform_plan
@@ -70,7 +71,8 @@ def run(args: Namespace) -> int:
     def forward(tokens, labels, seq_idx, plan):
         return loaded.model(tokens, labels, seq_idx, plan, reduction="none")
 
-    rows = evaluate_plans(forward, config, batches, plans, loaded.device, single_process())
+    with progress_bar("evaluating", len(batches) * len(plans), "passes") as bar:
+        rows = evaluate_plans(forward, config, batches, plans, loaded.device, single_process(), bar.advance)
     print_rows(Console(), rows)
     if args.json:
         report = {"model": args.model, "data": args.data, "dtype": loaded.dtype, "rows": [asdict(row) for row in rows]}

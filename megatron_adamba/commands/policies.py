@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_adamba.commands.progress import progress_bar
 from megatron_adamba.data.blend import open_dataset
 from megatron_adamba.evaluation.pictures import draw_policies
 from megatron_adamba.files import write_atomically
@@ -41,7 +42,8 @@ def evaluate_policies(args: Namespace) -> None:
         indexed = open_dataset(args.data, loaded.tokenizer, "--data")
         items, num_bytes = document_items(indexed, loaded.tokenizer, args.seq_len, read, args.max_tokens)
     modes = [*fixed_modes(loaded, args.fixed_exits), *modes]
-    rows = evaluate_modes(loaded, items, modes, num_bytes, args.batch_size)
+    with progress_bar("evaluating", len(items) * len(modes), "pieces") as bar:
+        rows = evaluate_modes(loaded, items, modes, num_bytes, args.batch_size, bar.advance)
     scored = sum(len(item.answer) for item in items)
     console = Console()
     print_policies(console, rows, f"{scored:,} scored tokens of {len(items):,} pieces")
@@ -60,21 +62,22 @@ def evaluate_policies(args: Namespace) -> None:
 
 
 def print_policies(console: Console, rows: Sequence[PolicyRow], title: str) -> None:
-    table = Table(title=title)
-    columns = ("policy", "nats / token", "bits / byte", "token accuracy", "exact match", "FLOPs / token", "saved")
-    for name in (*columns, "exit", "width"):
-        table.add_column(name, justify="left" if name == "policy" else "right")
+    """Two tables, as one would be wider than a terminal."""
+    table = _table(title, "nats / token", "bits / byte", "FLOPs / token", "saved")
     for row in rows:
         bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        table.add_row(
-            row.name,
-            f"{row.nats_per_token:.4f}",
-            bits,
-            f"{row.token_accuracy:.1%}",
-            f"{row.exact_match:.1%}",
-            f"{row.flops_per_token:.3e}",
-            f"{row.saved:.1%}",
-            f"{row.mean_exit:.2f}",
-            f"{row.mean_width:.0f}",
-        )
+        table.add_row(row.name, f"{row.nats_per_token:.4f}", bits, f"{row.flops_per_token:.3e}", f"{row.saved:.1%}")
     console.print(table)
+    table = _table("what is right, and what ran, on average", "tokens right", "items right", "blocks", "width")
+    for row in rows:
+        right = (f"{row.token_accuracy:.1%}", f"{row.exact_match:.1%}")
+        table.add_row(row.name, *right, f"{row.mean_exit:.2f}", f"{row.mean_width:.0f}")
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    table.add_column("policy", overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_adamba.errors import ConfigError, DataError
 from megatron_adamba.files import write_atomically
@@ -40,7 +41,7 @@ def generate_prompt(loaded: LoadedModel, args: Namespace, mode: Mode, sampling: 
     seconds = time.perf_counter() - start
     _print_summary(loaded, mode, request, news, seconds)
     if args.stats:
-        _print_tokens(loaded, request.policy, news)
+        print_tokens(Console(stderr=True), loaded, request.policy, news)
     if args.output:
         write_atomically(Path(args.output), (text + "\n").encode())
 
@@ -97,7 +98,7 @@ def chat(loaded: LoadedModel, args: Namespace, mode: Mode, sampling: Sampling) -
         print()
         _print_summary(loaded, mode, request, news, time.perf_counter() - start)
         if args.stats:
-            _print_tokens(loaded, request.policy, news)
+            print_tokens(Console(stderr=True), loaded, request.policy, news)
 
 
 def _turns() -> Iterator[str]:
@@ -145,18 +146,20 @@ def _print_summary(
     print(f"[{', '.join(parts)}]", file=sys.stderr)
 
 
-def _print_tokens(loaded: LoadedModel, policy: ComputePolicy, news: list[NewToken]) -> None:
+def print_tokens(console: Console, loaded: LoadedModel, policy: ComputePolicy, news: list[NewToken]) -> None:
     meter = ComputeMeter(loaded.model.config, policy, max(len(news), 1))
     depth = loaded.model.config.num_layers
     table = Table(title="compute of each token")
-    for name in ("token", "exit layer", "mean width", "widened at", "compute saved"):
-        table.add_column(name, justify="left" if name == "token" else "right")
+    table.add_column("token", overflow="fold")
+    for name in ("exit layer", "mean width", "widened at", "compute saved"):
+        table.add_column(name, justify="right", no_wrap=True)
     for new in news:
         table.add_row(
-            repr(loaded.tokenizer.decode([new.token])),
+            # no markup: a model may well write brackets
+            Text(repr(loaded.tokenizer.decode([new.token]))),
             str(new.exit_layer),
             f"{meter.mean_width(new.exit_layer, new.widened_at):.0f}",
             "" if new.widened_at == depth else str(new.widened_at),
             f"{1 - meter.of(new.exit_layer, new.widened_at) / meter.full:.0%}",
         )
-    Console(stderr=True).print(table)
+    console.print(table)

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_adamba.commands.command import Command
+from megatron_adamba.commands.progress import Bar, on_terminal, progress_bar
 from megatron_adamba.config.parser import CommandParser
 from megatron_adamba.config.rules import file_to_write, in_range
+from megatron_adamba.data.corpus import Read, corpus_bytes
 from megatron_adamba.data.corpus_files import LeftOut
 from megatron_adamba.data.held_out import split_documents
 from megatron_adamba.data.sentencepiece_training import train_sentencepiece
@@ -32,11 +34,13 @@ def add_options(parser: CommandParser) -> None:
 def run(args: Namespace) -> int:
     check(args)
     started, left_out = time.perf_counter(), LeftOut()
-    training = documents(args, held_out=False, left_out=left_out)
-    tokenizer = train_sentencepiece(training, args.vocab_size, args.output, round(args.max_megabytes * 1e6))
+    total = corpus_bytes(args.input) if on_terminal() else None
+    with progress_bar("reading", total, "bytes") as bar:
+        training = _then_training(documents(args, False, left_out, bar.advance), bar)
+        tokenizer = train_sentencepiece(training, args.vocab_size, args.output, round(args.max_megabytes * 1e6))
     seconds = time.perf_counter() - started
     num_bytes = num_tokens = 0
-    for text in documents(args, held_out=True, left_out=LeftOut()):
+    for text in documents(args, True, LeftOut()):
         num_bytes += len(text.encode("utf-8"))
         num_tokens += len(tokenizer.encode(text))
     report = {
@@ -69,8 +73,13 @@ def check(args: Namespace) -> None:
         file_to_write("--json", args.json, "report.json")
 
 
-def documents(args: Namespace, held_out: bool, left_out: LeftOut) -> Iterator[str]:
-    for text, apart in split_documents(args.input, args.json_key, args.validation_fraction, left_out):
+def _then_training(texts: Iterator[str], bar: Bar) -> Iterator[str]:
+    yield from texts
+    bar.turn_to("training")
+
+
+def documents(args: Namespace, held_out: bool, left_out: LeftOut, read: Read = lambda num_bytes: None) -> Iterator[str]:
+    for text, apart in split_documents(args.input, args.json_key, args.validation_fraction, left_out, read):
         if apart == held_out:
             yield text
 

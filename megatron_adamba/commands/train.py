@@ -79,14 +79,15 @@ def show_config(parsed: ParsedArguments) -> int:
     # marks of pipeline stages are the user's
     marked = "|" in str(config.model.block_pattern)
     pattern = config.model.block_pattern if marked else model.block_pattern
-    model = replace(model, vocab_size=vocab_size, block_pattern=pattern)
+    model = replace(model, vocab_size=vocab_size)
+    shown = replace(model, block_pattern=pattern)
     sources = dict(parsed.sources)
-    for name, value in vars(model).items():
+    for name, value in vars(shown).items():
         if getattr(config.model, name) != value:
             sources[f"model.{name}"] = f"derived from {sources[f'model.{name}']}"
     console = RunConsole()
     if parsed.print_config:
-        print_config(console, replace(config, model=model), sources)
+        print_config(console, replace(config, model=shown), sources)
     if parsed.summary:
         print_summary(console, model, config.train)
         if config.parallel.pp > 1:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_adamba.data.corpus_files import LeftOut, read_documents
+from megatron_adamba.data.corpus_files import COMPRESSED_SUFFIXES, LeftOut, read_documents
 from megatron_adamba.data.indexed_dataset import DATASET_SUFFIXES, MAGIC
 from megatron_adamba.errors import DataError
 
@@ -21,7 +21,13 @@ STDLIB_EXCLUDED = ("test", "tests", "idle_test", "site-packages", "dist-packages
 STDLIB_BUILD_PREFIXES = ("config-", "_sysconfigdata")
 
 
-def iterate_documents(spec: str, json_key: str = "text", left_out: LeftOut | None = None) -> Iterator[tuple[str, str]]:
+Read = Callable[[int], None]
+"""called with the bytes of files that were read since the last call"""
+
+
+def iterate_documents(
+    spec: str, json_key: str = "text", left_out: LeftOut | None = None, read: Read = lambda num_bytes: None
+) -> Iterator[tuple[str, str]]:
     """Yields (id, text) of every non-empty document, in an order that does not depend on the machine.
 
     Args:
@@ -29,6 +35,7 @@ def iterate_documents(spec: str, json_key: str = "text", left_out: LeftOut | Non
         json_key: the key of the text in JSON.
         left_out: counts and names what holds no document: what is binary, of another encoding or hidden, folders that
             are links or cannot be read, datasets and tokenizers, JSON without the key.
+        read: told how far the files are read; `corpus_bytes` is the total.
 
     An id is the path below the folder with forward slashes, see `read_documents` for what follows it. Lone surrogates,
     which have no UTF-8, become question marks.
@@ -39,7 +46,7 @@ def iterate_documents(spec: str, json_key: str = "text", left_out: LeftOut | Non
     left_out = LeftOut() if left_out is None else left_out
     here, count = LeftOut(), 0
     for name, path in _files(spec, here):
-        for identity, text in read_documents(name, path, json_key, here):
+        for identity, text in _counted(read_documents(name, path, json_key, here), path, read):
             if text:
                 count += 1
                 yield identity, text
@@ -49,6 +56,31 @@ def iterate_documents(spec: str, json_key: str = "text", left_out: LeftOut | Non
     if count == 0:
         why = here.described() or "no files"
         raise DataError(f"--input {spec}: there is no document in it ({why}); {PYTHON_STDLIB} always works")
+
+
+def corpus_bytes(specs: Iterable[str]) -> int:
+    """Bytes of the files that `iterate_documents` reads. Raises DataError as it does."""
+    return sum(_size(path) for spec in specs for _, path in _files(spec, LeftOut()))
+
+
+def _counted(documents: Iterator[tuple[str, str]], path: Path, read: Read) -> Iterator[tuple[str, str]]:
+    """The documents of a file, each of which is read when the next one is asked for."""
+    left = _size(path)
+    # a compressed file says nothing of how far it is; the rest, such as JSON's marks, is counted at the end
+    inside = 0 if path.suffix.lower() in COMPRESSED_SUFFIXES else left
+    for identity, text in documents:
+        yield identity, text
+        part = min(inside, len(text))
+        inside, left = inside - part, left - part
+        read(part)
+    read(left)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # whoever reads it says what is wrong
 
 
 def _files(spec: str, left_out: LeftOut) -> list[tuple[str, Path]]:

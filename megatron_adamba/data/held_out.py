@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from megatron_adamba.data.corpus import iterate_documents
+from megatron_adamba.data.corpus import Read, iterate_documents
 from megatron_adamba.data.corpus_files import LeftOut
 
 _BREAKS = ("\n\n", "\n", ". ", " ")
@@ -16,7 +16,11 @@ _REACH = 0.2
 
 
 def split_documents(
-    inputs: Iterable[str], json_key: str, validation_fraction: float, left_out: LeftOut
+    inputs: Iterable[str],
+    json_key: str,
+    validation_fraction: float,
+    left_out: LeftOut,
+    read: Read = lambda num_bytes: None,
 ) -> Iterator[tuple[str, bool]]:
     """Yields (text, is it held out) of every document of all inputs, a function of the documents alone.
 
@@ -30,7 +34,7 @@ def split_documents(
     sides: set[bool] = set()
     limit = validation_fraction * _DRAWS
     for spec in inputs:
-        for identity, text in iterate_documents(spec, json_key, left_out):
+        for identity, text in iterate_documents(spec, json_key, left_out, read):
             draw = _draw(identity)
             if len(sides) == 2 or not validation_fraction:
                 yield text, draw < limit

@@ -12,7 +12,7 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_adamba.config.rules import file_to_write, folder_to_write, in_range
+from megatron_adamba.data.corpus import Read
 from megatron_adamba.data.corpus_files import LeftOut
 from megatron_adamba.data.held_out import split_documents
 from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
@@ -83,11 +84,10 @@ class EncodedChunk:
 Chunk = list[tuple[str, bool]]
 """Documents: text, is it held out."""
 
-Progress = Callable[[int, int], None]
-"""Called with the numbers of documents and bytes done since the last call."""
 
-
-def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> tuple[dict[str, DatasetMeta], LeftOut]:
+def preprocess(
+    options: PreprocessOptions, read: Read = lambda num_bytes: None
+) -> tuple[dict[str, DatasetMeta], LeftOut]:
     """Writes the dataset, or `train` and `validation`, and returns what each prefix holds and what was left out.
 
     Nothing gets its final name before the whole corpus is done.
@@ -106,11 +106,9 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     with ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
         builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes]
-        encoded = stack.enter_context(_encoder(options, tokenizer, _chunks(options, left_out)))
+        encoded = stack.enter_context(_encoder(options, tokenizer, _chunks(options, left_out, read)))
         for chunk in encoded:
             _add_chunk(builders, chunk)
-            if progress is not None:
-                progress(len(chunk.lengths), sum(chunk.num_bytes))
         _refuse_empty_side(options, builders)
         metas = {builder.prefix: _meta(options, tokenizer, builder) for builder in builders}
         for builder in builders:
@@ -122,11 +120,11 @@ def _tokenizer(options: PreprocessOptions) -> Tokenizer:
     return load_tokenizer(options.tokenizer, options.eod_token, options.split_pattern, network=True)
 
 
-def _chunks(options: PreprocessOptions, left_out: LeftOut) -> Iterator[Chunk]:
+def _chunks(options: PreprocessOptions, left_out: LeftOut, read: Read) -> Iterator[Chunk]:
     chunk: Chunk = []
     characters = 0
     fraction = options.validation_fraction if options.split else 0.0
-    for document in split_documents(options.inputs, options.json_key, fraction, left_out):
+    for document in split_documents(options.inputs, options.json_key, fraction, left_out, read):
         chunk.append(document)
         characters += len(document[0])
         if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:

@@ -44,11 +44,12 @@ def evaluate_plans(
     plans: Sequence[ElasticPlan],
     device: torch.device,
     topology: Topology,
+    report: Callable[[], None] = lambda: None,
 ) -> list[EvaluationRow]:
     """Score every token of `batches` under each plan, the batches dealt to the data-parallel ranks round-robin.
 
     Every rank makes the same number of calls, with nothing to score where it has run out of batches. All ranks return
-    the same rows.
+    the same rows. report: called behind each batch under each plan.
     """
     rank, ranks = topology.place("dp"), topology.size("dp")
     totals = torch.zeros(len(plans), dtype=torch.float64)
@@ -64,6 +65,7 @@ def evaluate_plans(
                 labels = torch.full_like(labels, -100)
             for index, plan in enumerate(plans):
                 totals[index] += forward(tokens, labels, seq_idx, plan).sum(dtype=torch.float64).cpu()
+                report()
     if ranks > 1:
         shared = totals.to(device)
         dist.all_reduce(shared, group=topology.group("dp"))

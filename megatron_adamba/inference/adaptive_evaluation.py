@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,11 +96,12 @@ def evaluate_modes(
     modes: Sequence[tuple[str, str, Mode]],
     num_bytes: int | None,
     batch_size: int,
+    report: Callable[[int], None] = lambda done: None,
 ) -> list[PolicyRow]:
-    """Every mode on every item."""
+    """Every mode on every item. report: called with the items of each batch under each mode."""
     rows = []
     for kind, name, mode in modes:
-        results = evaluate_mode(loaded, items, mode, batch_size)
+        results = evaluate_mode(loaded, items, mode, batch_size, report)
         rows.append(policy_row(kind, name, results, num_bytes, items))
     return rows
 

@@ -93,8 +93,14 @@ def batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[int], Tenso
         yield places, torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
 
 
-def evaluate_mode(loaded: LoadedModel, items: Sequence[Item], mode: Mode, batch_size: int = 64) -> list[ItemResult]:
-    """Every item under a mode, in the order of the items."""
+def evaluate_mode(
+    loaded: LoadedModel,
+    items: Sequence[Item],
+    mode: Mode,
+    batch_size: int = 64,
+    report: Callable[[int], None] = lambda done: None,
+) -> list[ItemResult]:
+    """Every item under a mode, in the order of the items. report: called with the items of each batch."""
     results: list[ItemResult | None] = [None] * len(items)
     for places, tokens in batches(items, batch_size):
         policies = [mode.policy(loaded, items[place].prompt) for place in places]
@@ -104,6 +110,7 @@ def evaluate_mode(loaded: LoadedModel, items: Sequence[Item], mode: Mode, batch_
             logits = _answer_logits(loaded, x[row], item)
             predicted = mode.asks_estimator(loaded)
             results[place] = _result(loaded, item, policies[row], logits, trace, row, predicted)
+        report(len(places))
     return results
 
 

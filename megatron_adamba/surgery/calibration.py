@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -13,21 +13,36 @@ from megatron_adamba.model.adamba import AdambaModel
 
 
 class Calibration:
-    """Batches evenly spread over `batches`, up to about `max_tokens` tokens (all of them where None)."""
+    """Batches evenly spread over `batches`, up to about `max_tokens` tokens (all of them where None).
 
-    def __init__(self, batches: EvaluationBatches, max_tokens: int | None = None) -> None:
+    report: called whenever the model is done with a batch.
+    """
+
+    def __init__(
+        self,
+        batches: EvaluationBatches,
+        max_tokens: int | None = None,
+        report: Callable[[], None] = lambda: None,
+    ) -> None:
         count = len(batches)
         if max_tokens is not None:
             count = min(count, max(2, round(max_tokens * len(batches) / max(batches.num_tokens, 1))))
         self._batches, self._chosen = batches, [index * len(batches) // count for index in range(count)]
+        self._report = report
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return (to_micro_batch(self._batches[index]) for index in self._chosen)
+        for index in self._chosen:
+            yield to_micro_batch(self._batches[index])
+            # whoever asks for the next one is done with this one
+            self._report()
+
+    def __len__(self) -> int:
+        return len(self._chosen)
 
     @property
     def num_tokens(self) -> int:
         """Scored tokens."""
-        return sum(int((batch["labels"] != UNSCORED).sum()) for batch in self)
+        return sum(int((self._batches[index]["labels"] != UNSCORED).sum()) for index in self._chosen)
 
     def narrow_losses(self, model: AdambaModel) -> tuple[float, float]:
         """Nats per token, a mean over the widths below the largest, of every other batch and of those between them.

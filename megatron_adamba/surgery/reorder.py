@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,11 +49,16 @@ class Trial:
 
 
 def reorder(
-    source: Path, calibration: Calibration, recorded: dict[str, Any], kinds: Sequence[str] = KINDS
+    source: Path,
+    calibration: Calibration,
+    recorded: dict[str, Any],
+    kinds: Sequence[str] = KINDS,
+    expect: Callable[[int], None] = lambda passes: None,
 ) -> tuple[Job, list[Trial]]:
     """Plan the same model in a better order: of the kinds, each is kept where it lowers the loss of narrow widths.
 
-    recorded: what to remember of the text. Memory: two copies of the model in fp32, and its activations.
+    recorded: what to remember of the text. expect: called with the number of passes over it, once that is known.
+    Memory: two copies of the model in fp32, and its activations.
     Raises CheckpointError, ConfigError.
     """
     old = open_canonical(source)
@@ -62,7 +67,7 @@ def reorder(
         raise ConfigError(f"{source}: has one width alone ({old.config.widths[0]}), for which no order is better")
     model = AdambaModel(old.config, device="meta").to_empty(device="cpu").requires_grad_(False).eval()
     load_into(model, source, elsewhere={spec.name for spec in gate_manifest(old.config)})
-    order, trials, kept = chosen_order(old, model, calibration, kinds)
+    order, trials, kept = chosen_order(old, model, calibration, kinds, expect)
     losses = {f"{trial.kind} by {trial.measure}": [trial.before, trial.after] for trial in trials}
     names = [f"{trial.kind} by {trial.measure}" for trial in kept]
     arguments = {**recorded, "kept": names, "losses": losses}
@@ -88,11 +93,16 @@ def _job(old: CanonicalSource, source: Path, order: Order, arguments: dict[str, 
 
 
 def chosen_order(
-    source: CanonicalSource, model: AdambaModel, calibration: Calibration, kinds: Sequence[str]
+    source: CanonicalSource,
+    model: AdambaModel,
+    calibration: Calibration,
+    kinds: Sequence[str],
+    expect: Callable[[int], None] = lambda passes: None,
 ) -> tuple[Order, list[Trial], list[Trial]]:
     """The order, all trials, and those of them that it keeps. model: holds the source's weights, and is left in some
     order of them."""
     activations = measure(model, ((batch["tokens"], _documents(batch)) for batch in calibration))
+    expect(2 + sum(_passes(activations, kind) for kind in kinds))
     order, best = Order(source.config.head_dim), calibration.narrow_losses(model)
     trials, kept = [], []
     for kind in kinds:
@@ -114,6 +124,14 @@ def chosen_order(
             best = trial.after
             kept.append(trial)
     return order, trials, kept
+
+
+def _passes(activations: Importance, kind: str) -> int:
+    """Over the text, to try a kind: one a candidate, and one to measure effects."""
+    if kind == "hidden":
+        return 1
+    there = bool(getattr(activations, kind))
+    return 1 + 2 * there if kind in ("ffn", "heads") else int(there)
 
 
 def _documents(batch: MicroBatch) -> Tensor | None:

@@ -51,7 +51,7 @@ def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> 
     summary = summarize(config, train.seq_len, frozen_names(config, train))
     table = Table(title=f"{config.num_layers} blocks, hidden size {config.hidden_size}: {summary['blocks']}")
     table.add_column("component")
-    table.add_column("parameters", justify="right")
+    table.add_column("parameters", justify="right", no_wrap=True)
     for group, count in summary["parameters"].items():
         if group != "gain":
             table.add_row(group, f"{count:,}")
@@ -63,7 +63,7 @@ def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> 
     console.print(table)
     table = Table(title=f"FLOPs per token at {train.seq_len} tokens")
     for name in ("width", "KV groups", "FFN rows", "forward", "training", "of full"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in summary["widths"]:
         table.add_row(
             str(row["width"]),
@@ -84,7 +84,8 @@ def print_stages(
     dearest = max(row["training_flops"] for row in rows)
     table = Table(title=f"pipeline of {stages.pp} stages, {stages.schedule}")
     for name in ("stage", "blocks", "parameters", "FLOPs", "of most", "passes kept"):
-        table.add_column(name, justify="left" if name == "blocks" else "right", no_wrap=name != "blocks")
+        numbers = name != "blocks"
+        table.add_column(name, justify="right" if numbers else "left", no_wrap=numbers, overflow="fold")
     for row in rows:
         table.add_row(
             str(row["rank"]),
@@ -166,7 +167,7 @@ def print_rows(console: Console, rows: list[EvaluationRow]) -> None:
     exits = any(row.exit_layer is not None for row in rows)
     table = Table(title=f"{rows[0].tokens:,} held-out tokens")
     for name in ("width", *(["blocks"] if exits else []), "nats / token", "bits / byte", "forward FLOPs / token"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         bits = "-" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
         blocks = ["all" if row.exit_layer is None else str(row.exit_layer)] if exits else []

@@ -39,18 +39,22 @@ class Row:
     ratio: float | None
 
 
-def print_rows(title: str, rows: list[Row]) -> None:
-    """The rows as a table on the terminal."""
-    table = Table(title=title)
-    table.add_column("name")
+def print_rows(title: str, rows: list[Row], console: Console | None = None) -> None:
+    """The rows as a table, on standard output by default."""
+    # without rules, so that long names fit into the 80 columns of a log
+    table = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("name", overflow="fold")
     for column in ("ours", "peer", "unit", "ratio"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        peer = "" if row.peer is None else f"{row.peer:,.2f}"
+        peer = "" if row.peer is None else _short(row.peer)
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        table.add_row(row.name, f"{row.ours:,.2f}", peer, row.unit, ratio)
-    # wide enough for the names where output goes into a file
-    Console(width=None if Console().is_terminal else 120).print(table)
+        table.add_row(row.name, _short(row.ours), peer, row.unit, ratio)
+    (console or Console()).print(table)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}"
 
 
 def write_rows(path: str, rows: list[Row]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,16 @@ def run(args: Namespace) -> int:
             count(f"--{flag.replace('_', '-')}", getattr(args, flag), 2**40 if flag == "tokens" else 2**24)
     file_to_write("--json", args.json, "report.json")
 
+    from megatron_adamba.commands.progress import progress_bar
     from megatron_adamba.inference.load import load_model
     from megatron_adamba.surgery.compare import comparable_plans, compare_models
 
     folders = (args.first, args.second)
     plans = comparable_plans(folders, width, widths, exit_layer)
     first, second = (load_model(folder, "fp32") for folder in folders)
-    batches = _batches(args, first.tokenizer)
-    result = compare_models((first.model, second.model), plans, batches, first.device)
+    parts = _parts(args, first.tokenizer)
+    with progress_bar("comparing", sum(map(len, parts)), "batches") as bar:
+        result = compare_models((first.model, second.model), plans, _counted(parts, bar.advance), first.device)
     for line in _lines(folders, plans, result):
         print(line)
     if args.json:
@@ -65,8 +66,8 @@ def _report(args: Namespace, plans, result) -> dict[str, Any]:
     return {**models, **chosen, **asdict(result), "loss_difference": result.loss_difference}
 
 
-def _batches(args: Namespace, tokenizer) -> Iterator[Any]:
-    """Of one dataset after the other; all are opened before the first is read."""
+def _parts(args: Namespace, tokenizer) -> list[Any]:
+    """The batches of each dataset; all are opened before the first is read."""
     from megatron_adamba.data.blend import open_dataset
     from megatron_adamba.data.packed import evaluation_batches
 
@@ -79,17 +80,15 @@ def _batches(args: Namespace, tokenizer) -> Iterator[Any]:
         part = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id, left)
         parts.append(part)
         left = None if left is None else left - part.num_tokens
-    return _with_progress(parts, sum(map(len, parts)))
+    return parts
 
 
-def _with_progress(parts: list, count: int) -> Iterator[Any]:
-    show, number = sys.stderr.isatty(), 0
+def _counted(parts: list[Any], advance: Callable[[], None]) -> Iterator[Any]:
     for part in parts:
         for batch in part:
-            number += 1
-            if show:
-                print(f"batch {number} of {count}", file=sys.stderr)
             yield batch
+            # whoever asks for the next one is done with this one
+            advance()
 
 
 COMMAND = Command(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +71,7 @@ def _carry_out(args: Namespace, plan: Callable[[Namespace], Job]) -> int:
     # torch reads it once: the kernel hands out memory in large pages, a tensor after the other at half the cost
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+    from megatron_adamba.commands.progress import progress_bar
     from megatron_adamba.surgery.sources import DTYPE_NAMES
     from megatron_adamba.surgery.writing import check_target, write_job
 
@@ -81,13 +81,9 @@ def _carry_out(args: Namespace, plan: Callable[[Namespace], Job]) -> int:
         for tensor in job.tensors:
             print(f"{tensor.name}  {list(tensor.shape)} {DTYPE_NAMES[tensor.dtype]}  <- {tensor.origin}")
     else:
-        write_job(job, args.target, max_shard_bytes, _show_progress if sys.stderr.isatty() else lambda *_: None)
+        with progress_bar("writing", job.num_bytes, "bytes") as bar:
+            write_job(job, args.target, max_shard_bytes, lambda name, num_bytes, seconds: bar.advance(num_bytes))
     made = "would hold" if args.dry_run else "holds"
     size = f"{len(job.tensors)} tensors, {job.num_bytes / 1e9:.3f} GB, in {job.num_shards(max_shard_bytes)} files"
     print(f"{args.target} {made} {size}; {job.promise}" + (f"; {job.note}" if job.note else ""))
     return 0
-
-
-def _show_progress(name: str, num_bytes: int, seconds: float) -> None:
-    rate = f"{num_bytes / 1e6 / seconds:9.1f} MB/s" if seconds > 0 else ""
-    print(f"{name:48} {num_bytes / 1e6:10.1f} MB {rate}", file=sys.stderr)

@@ -88,6 +88,7 @@ def _export_hugging_face(args: Namespace):
 
 def _export_nanochat(args: Namespace) -> int:
     """A file of its own kind, so it is not `jobs` that writes it."""
+    from megatron_adamba.commands.progress import progress_bar
     from megatron_adamba.surgery.export_nanochat import export_nanochat
     from megatron_adamba.surgery.nanochat_writing import write_nanochat
     from megatron_adamba.surgery.sources import DTYPE_NAMES
@@ -99,7 +100,8 @@ def _export_nanochat(args: Namespace) -> int:
         for tensor in job.tensors:
             print(f"{tensor.name}  {list(tensor.shape)} {DTYPE_NAMES[tensor.dtype]}  <- {tensor.origin}")
     else:
-        write_nanochat(job, args.target, lambda *_: None)
+        with progress_bar("writing", job.num_bytes, "bytes") as bar:
+            write_nanochat(job, args.target, lambda name, num_bytes, seconds: bar.advance(num_bytes))
     made = "would hold" if args.dry_run else "holds"
     print(f"{args.target} {made} {len(job.tensors)} tensors, {job.num_bytes / 1e9:.3f} GB, in 1 file; {job.promise}")
     return 0

@@ -21,6 +21,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def _plan(args: Namespace):
+    from megatron_adamba.commands.progress import progress_bar
     from megatron_adamba.config.root import find_tokenizer
     from megatron_adamba.config.rules import check_seed, count, one_of
     from megatron_adamba.data.blend import open_dataset
@@ -48,9 +49,11 @@ def _plan(args: Namespace):
     tokenizer = load_tokenizer(found, flags=FOLDER_FLAGS)
     indexed = open_dataset(args.data, tokenizer, "--data")
     batches = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id)
-    calibration = Calibration(batches, args.tokens)
-    recorded = {"data": args.data, "tokens": calibration.num_tokens, "seq_len": args.seq_len}
-    job, trials = reorder(args.source, calibration, recorded, kinds)
+    with progress_bar("measuring", None, "batches") as bar:
+        calibration = Calibration(batches, args.tokens, bar.advance)
+        recorded = {"data": args.data, "tokens": calibration.num_tokens, "seq_len": args.seq_len}
+        expect = lambda passes: bar.expect(passes * len(calibration))
+        job, trials = reorder(args.source, calibration, recorded, kinds, expect)
     print("mean loss over the narrow widths, on each half of the text:")
     for trial in trials:
         losses = "".join(f"  {before:.4f} -> {after:.4f}" for before, after in zip(trial.before, trial.after))

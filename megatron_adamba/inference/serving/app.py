@@ -67,7 +67,12 @@ class _Server:
     async def page(self) -> str:
         config = self.loaded.model.config
         modes = ["adaptive"] * (self.loaded.gates is not None) + ["think", *reversed(config.modes)]
-        facts = {"model": self.name, "modes": modes, "num_layers": config.num_layers}
+        facts = {
+            "model": self.name,
+            "modes": modes,
+            "num_layers": config.num_layers,
+            "new_tokens": self.limits.new_tokens,
+        }
         return self.html.replace("{{FACTS}}", json.dumps(facts).replace("<", "\\u003c"))
 
     async def health(self) -> dict:
