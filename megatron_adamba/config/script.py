@@ -22,6 +22,7 @@ _RUN_FLAG = re.compile(
     r"(?=(?:model|elastic|gates|data|train|optimizer|parallel|checkpoint|logging)\.\w|depth\b)"
 )
 _FLAG = re.compile(r"(?<![\w-])(?<!adamba train )--([a-z][\w.-]*)")
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 PATH_ERRORS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
@@ -83,7 +84,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP raise `Stopped`, so that temporary files and other processes do not stay behind.
+    """Within it the signals that end jobs raise `Stopped`, so that no temporary files and processes stay behind.
 
     The first of them does; what comes while that is cleared away is ignored, and so is what was ignored before, as
     under nohup."""
@@ -93,7 +94,7 @@ def stopped_by_signals() -> Iterator[None]:
             signal.signal(known, signal.SIG_IGN)
         raise Stopped(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in _ENDING}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     for number in before:
         signal.signal(number, stop)

@@ -30,7 +30,7 @@ def hide_special_pieces(tokenizer: tokenizers.Tokenizer, eod_token: str) -> None
         return
     model = json.loads(tokenizer.to_str())["model"]
     unknown = _unknown_piece(model)
-    if unknown == eod_token and not _knows_all_bytes(tokenizer):
+    if unknown == eod_token and not _knows_all_bytes(tokenizer, model):
         raise ValueError(f"{eod_token} stands for unknown characters, too, and would end documents at each")
     if unknown is not None and len(unknown) > 1:
         names.add(unknown)
@@ -57,11 +57,15 @@ def _unknown_piece(model: dict[str, Any]) -> str | None:
     return model["unk_token"]
 
 
-def _knows_all_bytes(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether nothing is unknown to it: bytes as letters, each with an id."""
+def _knows_all_bytes(tokenizer: tokenizers.Tokenizer, model: dict[str, Any]) -> bool:
+    """Whether nothing is unknown to it: bytes as letters, each with an id, wherever in a word it stands."""
     from tokenizers import pre_tokenizers
 
-    return all(tokenizer.model.token_to_id(letter) is not None for letter in pre_tokenizers.ByteLevel.alphabet())
+    before, behind = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    forms = {(front, end) for front in {"", before} for end in {"", behind}}
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    names = (f"{front}{letter}{end}" for letter in letters for front, end in forms)
+    return all(tokenizer.model.token_to_id(name) is not None for name in names)
 
 
 def _hide_in_scores(model: dict[str, Any], names: set[str]) -> None:

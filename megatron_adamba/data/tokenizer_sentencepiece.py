@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ CARRIED_NAME = "tokenizer.model"
 SPACE_MARK = "\u2581"
 """What sentencepiece writes for a space inside its pieces."""
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_RANKS = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""first line of a file of ranks, which Llama 3 publishes as tokenizer.model too"""
 _FOUND_IN_TEXT = (_NORMAL, _USER_DEFINED)
 """types of pieces, as `sentencepiece_model.proto` numbers them"""
 
@@ -57,6 +60,11 @@ class SentencePieceTokenizer:
         where = f"{flags.tokenizer} {path}"
         content = read_regular(path, TokenizerError, f"give a file for {flags.tokenizer}", LARGEST_FILE)
         eod_token = eod_token or TokenizerNote.beside(path).eod_token
+        if _RANKS.match(content):
+            raise TokenizerError(
+                f"{where}: holds ranks, as tiktoken's files do; give {flags.tokenizer} tiktoken:{path}, and with "
+                f"{flags.split_pattern} the pattern that splits text"
+            )
         with library_failures(f"{where}: not a sentencepiece model ({{reason}}); make one with adamba tokenizer"):
             model = _read_model(content)
             processor = _processor(content)

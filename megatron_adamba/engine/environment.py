@@ -46,6 +46,8 @@ _HYDRA = _Launcher(
     "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "mpiexec -genv MASTER_ADDR $(hostname)"
 )
 """of MPICH and Intel MPI"""
+_OF_PALS = ("PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")
+"""rank and ranks on this machine, as Cray's launcher names them beside PMI_RANK and PMI_SIZE"""
 _STEP = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")
 """srun sets them, and a batch script or a shell of an allocation has none"""
 _JOBS = (
@@ -145,10 +147,10 @@ def _in_step(env: Mapping[str, str]) -> bool:
 
 def _from_launcher(env: MutableMapping[str, str], launcher: _Launcher) -> None:
     env["RANK"], env["WORLD_SIZE"] = env[launcher.rank], env[launcher.ranks]
-    env["LOCAL_RANK"] = env.get(launcher.local_rank) or env[launcher.rank]
-    on_one = (
-        env.get("FLUX_JOB_NNODES") == "1" if launcher is _FLUX else env.get(launcher.local_ranks) == env["WORLD_SIZE"]
-    )
+    local = [env.get(launcher.local_rank), env.get(_OF_PALS[0]) if launcher is _HYDRA else None]
+    env["LOCAL_RANK"] = next(filter(None, local), env[launcher.rank])
+    here = env.get(launcher.local_ranks) or (env.get(_OF_PALS[1]) if launcher is _HYDRA else None)
+    on_one = env.get("FLUX_JOB_NNODES") == "1" if launcher is _FLUX else here == env["WORLD_SIZE"]
     if "MASTER_ADDR" in env or on_one:
         return
     if launcher is _HYDRA and env.get("SLURM_STEP_NODELIST"):
@@ -170,6 +172,10 @@ def _from_slurm(env: MutableMapping[str, str]) -> None:
 
 
 def _alone(env: MutableMapping[str, str], quiet: bool) -> None:
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        # one task or rank 0 alone says no more than that it is alone
+        if name in env and other not in env and _number(env, name) > (name == "WORLD_SIZE"):
+            raise ConfigError(f"{other}: is not set, and {name} is {env[name]}; set both, or neither to run alone")
     if not quiet and env.get("SLURM_NTASKS") and _number(env, "SLURM_NTASKS") > 1:
         print(
             f"WARNING: the allocation has {env['SLURM_NTASKS']} tasks, and this process was not started by srun: it "

@@ -36,6 +36,9 @@ def start_distributed() -> RankInfo:
     backend = "nccl" if cuda else "gloo"
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
+        # one process a container, which sees one GPU, is told no rank of its own there
+        local_rank %= torch.cuda.device_count()
+        os.environ["LOCAL_RANK"] = str(local_rank)
         torch.cuda.set_device(local_rank)
     _spare_the_collector()
     if not dist.is_initialized():

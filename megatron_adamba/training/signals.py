@@ -40,7 +40,9 @@ class StopRequest:
     ) -> None:
         """save: every rank calls it with the same counters, from whichever thread; say: to people, on one rank; leave:
         ends the process."""
-        self.requested: str | None = None
+        # two words, each with one writer: a handler may run in the middle of anything, a look at the board too
+        self._own: str | None = None
+        self._told: str | None = None
         self._save, self._board, self._say, self._leave = save, board, say, leave
         self._lock = threading.Lock()
         self._interruptible = self._begun = False
@@ -97,17 +99,28 @@ class StopRequest:
             raise self._failure
         return self._saved
 
+    @property
+    def requested(self) -> str | None:
+        """The signal that asked, as far as this rank knows of one."""
+        return self._own or self._told
+
     def asked(self) -> bool:
         """Whether this rank was asked to stop; if so, all ranks can read by what from now on."""
-        if self.requested is not None:
-            self._board.write(_TOPIC, self.requested)
-        return self.requested is not None
+        name = self.requested
+        if name is not None:
+            self._board.write(_TOPIC, name)
+        return name is not None
 
     @property
     def heard(self) -> bool:
         """Whether any rank was asked to stop, as far as this one can know."""
-        self.requested = self.requested or self._board.read(_TOPIC)
+        if self.requested is None:
+            self._look_at_the_board()
         return self.requested is not None
+
+    def _look_at_the_board(self) -> None:
+        if (found := self._board.read(_TOPIC)) is not None:
+            self._told = found
 
     def stopped(self, folder: Path) -> StoppedBySignal:
         """What ends the run."""
@@ -117,16 +130,15 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self._own = signal.Signals(number).name
 
     def _watch(self) -> None:
         while not self._closing.wait(_PAUSE):
             self._look_for_the_launcher()
             if self.requested is None:
-                self.requested = self._board.read(_TOPIC)
-            if self.requested is None:
+                self._look_at_the_board()
+            if not self.asked():
                 continue
-            self._board.write(_TOPIC, self.requested)
             self._say(
                 f"{self.requested}: saves and stops at the end of this step, or as it stood before it where that is "
                 f"more than {_GRACE:.0f} s away (launchers kill a job {SECONDS_LEFT} s after they pass a signal on)"

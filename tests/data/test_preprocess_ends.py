@@ -81,7 +81,7 @@ def gone(processes: list[int], patience: float = 20) -> bool:
     return not any(map(alive, processes))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_clears_everything_away(number: signal.Signals, tmp_path: Path):
     with endless(tmp_path) as process:
         workers = children(process.pid)

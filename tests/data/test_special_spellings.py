@@ -209,3 +209,26 @@ def test_the_steps_of_published_files_are_read(tmp_path: Path):
     made.save(str(path))
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.decode(tokenizer.encode("a   b\nc")) == " a b c"
+
+
+def test_an_end_that_is_unknown_at_the_end_of_a_word_alone(tmp_path: Path):
+    """CLIP's form: letters inside words and letters that end them are pieces of their own."""
+    from tokenizers import trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=alphabet, end_of_word_suffix="</w>", special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["a zebra sat"] * 3, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="stands for unknown characters"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_ranks_under_the_name_of_sentencepiece_are_told(tmp_path: Path):
+    file = tmp_path / "tokenizer.model"
+    file.write_text("".join(f"{base64.b64encode(bytes([number])).decode()} {number}\n" for number in range(256)))
+    with pytest.raises(TokenizerError, match=r"holds ranks, as tiktoken's files do; give --tokenizer tiktoken:"):
+        load_tokenizer(str(file))

@@ -150,3 +150,21 @@ def test_jobs_of_one_machine_have_ports_of_their_own():
 )
 def test_first_hosts_of_lists_with_more_than_one_bracket(nodes, first):
     assert first_host(nodes) == first
+
+
+def test_half_of_a_rank_is_not_run_alone():
+    for variables, missing in (
+        ({"RANK": "1"}, "WORLD_SIZE"),
+        ({"RANK": "1", "WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "4"}, "RANK"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{missing}: is not set"):
+            completed(**variables)
+    assert completed(RANK="0") == completed(WORLD_SIZE="1") == ("0", "1", "0", "127.0.0.1")
+
+
+def test_crays_launcher_names_local_ranks_in_its_own_way():
+    pals = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4", "MASTER_ADDR": "n1"}
+    assert completed(**pals) == ("5", "8", "1", "n1")
+    one = {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "3", "PMI_LOCAL_SIZE": "4"}
+    assert completed(**one) == ("3", "4", "3", "127.0.0.1")

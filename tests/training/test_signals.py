@@ -90,6 +90,29 @@ def test_what_asked_is_known_before_ranks_agree_to_stop(tmp_path):
         assert str(ranks[0].stopped(tmp_path)).startswith(f"SIGUSR2: saved {tmp_path}; ")
 
 
+def test_a_signal_in_the_middle_of_a_look_at_the_board_is_not_lost(tmp_path):
+    """The answer of a store may take its time, and what a handler noted meanwhile stays."""
+
+    class Board:
+        words: str | None = None
+
+        def write(self, topic: str, text: str) -> None:
+            self.words = text
+
+        def read(self, topic: str) -> str | None:
+            found = self.words
+            time.sleep(0.4)
+            return found
+
+    board = Board()
+    stop = StopRequest(lambda: tmp_path, board, lambda line: None, lambda error: None)
+    with stop:
+        time.sleep(0.7)  # its thread is in the middle of a look
+        signal.raise_signal(signal.SIGUSR2)
+        time.sleep(0.6)
+        assert stop.requested == "SIGUSR2" and stop.asked() and board.words == "SIGUSR2"
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_second_interrupt_does_not_wait(tmp_path, data, saved):
     """It says what there is: nothing, or an earlier checkpoint."""
