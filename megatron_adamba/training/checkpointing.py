@@ -158,9 +158,13 @@ def write_final_model(run: Run, checkpoint: Path) -> Path:
     """The run's canonical checkpoint, `RUN/model`, converted by rank 0 from what was just saved; a model there that
     another run or tool wrote is set aside."""
     folder = run.run_dir / "model"
+    if folder.is_dir():
+        # a link to a larger disk stays one
+        folder = folder.resolve()
 
     def convert() -> None:
-        if os.path.lexists(folder) and run_id_of(folder) != run.run_id:
+        held = os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+        if held and run_id_of(folder) != run.run_id:
             set_aside([folder])
         canonical_from_training(checkpoint, folder)
 

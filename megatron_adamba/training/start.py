@@ -9,7 +9,15 @@ from typing import Any
 from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.history import read_history
-from megatron_adamba.checkpoint.keeping import SET_ASIDE, bring_back, complete_folders, run_id_of, step_folders, step_of
+from megatron_adamba.checkpoint.keeping import (
+    LATEST,
+    SET_ASIDE,
+    bring_back,
+    complete_folders,
+    run_id_of,
+    step_folders,
+    step_of,
+)
 from megatron_adamba.checkpoint.offline import CANONICAL, find_checkpoint, open_checkpoint
 from megatron_adamba.checkpoint.training import latest_checkpoint, together
 from megatron_adamba.config.root import AdambaConfig, read_run_config
@@ -56,6 +64,18 @@ def find_resume(config: AdambaConfig) -> list[Path]:
             f"folder of its own, {_another(config)}, or go on here with --resume auto"
         )
     return [folder]
+
+
+def missing_latest(config: AdambaConfig) -> str | None:
+    """What people have to know where `latest` names a checkpoint that is not there."""
+    path = checkpoint_root(config) / LATEST
+    try:
+        name = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    if step_of(Path(name)) is None or (path.parent / name).is_dir():
+        return None
+    return f"WARNING: {path} names {name}, which is not there"
 
 
 def started_over(config: AdambaConfig) -> str | None:

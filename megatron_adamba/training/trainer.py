@@ -37,7 +37,7 @@ from megatron_adamba.training.run import Run
 from megatron_adamba.training.run_tokenizer import saving_with_tokenizer
 from megatron_adamba.training.schedule import learning_rate_factor
 from megatron_adamba.training.signals import StopRequest
-from megatron_adamba.training.start import checkpoint_root, started_over
+from megatron_adamba.training.start import checkpoint_root, missing_latest, started_over
 
 MOST_EXITS = 8
 """exit layers that an evaluation looks at"""
@@ -151,6 +151,8 @@ class Trainer:
         return made
 
     def _maybe_resume(self) -> None:
+        if self.config.checkpoint.resume == "auto" and (note := missing_latest(self.config)):
+            self._say(note)
         if not self.run.resume_from:
             if note := started_over(self.config):
                 self._say(f"{note}; the run starts over")

@@ -297,3 +297,21 @@ def test_a_run_that_starts_over_beside_traces_of_another_says_so(data, run):
     (run / "metrics.jsonl").unlink()
     done = train(1, words)
     assert "model (it will be set aside)" in done.stdout and (run / "set-aside" / "model").is_dir()
+
+
+def test_a_latest_that_names_what_is_gone_is_said(data, run):
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    done = train(1, [*arguments(data, run, train__steps=8, checkpoint__interval=0), "--resume", "auto"])
+    assert "latest names step-00000008, which is not there" in done.stdout, done.stdout
+    assert "step-00000006 at step 6" in done.stdout
+
+
+def test_a_model_folder_that_is_a_link_stays_one(data, tmp_path):
+    """To an empty folder on a larger disk."""
+    run, scratch = tmp_path / "run", tmp_path / "scratch" / "model"
+    scratch.mkdir(parents=True)
+    run.mkdir()
+    (run / "model").symlink_to(scratch)
+    train(1, arguments(data, run, train__steps=2, checkpoint__interval=0))
+    assert (run / "model").is_symlink() and (scratch / "config.json").is_file()
+    assert not (run / "set-aside").exists() and not (scratch.parent / "set-aside").exists()
