@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,14 +92,19 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
         failure = error if isinstance(error, AdambaError) else as_user_error(error, str(error.filename)) or error
     except Exception as error:
         failure = error
-    told: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if failure is None else (type(failure).__name__, str(failure)), group=group)
-    if failure is not None:
+    told: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
+    mine = None if failure is None else (type(failure).__name__, str(failure), socket.gethostname())
+    dist.all_gather_object(told, mine, group=group)
+    failed = [rank for rank, words in enumerate(told) if words is not None]
+    if not failed:
+        return result
+    if failure is not None and (failed[0] == 0 or not isinstance(failure, AdambaError)):
         raise failure
-    for name, text in filter(None, told):
-        kind = getattr(errors, name, RuntimeError)
-        raise kind(text)
-    return result
+    rank = failed[0] if failure is None else dist.get_rank()
+    name, text, host = told[rank]
+    # the first rank's machine is where people look
+    where = f" (on rank {rank}, {host})" if failed[0] else ""
+    raise getattr(errors, name, RuntimeError)(text + where) from failure
 
 
 def from_first_rank(action: Callable[[], T]) -> T:

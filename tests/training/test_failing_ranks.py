@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import signal
+import socket
 import time
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_ranks_of_other_settings_are_told_before_anything_happens(tmp_path, data
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert lines == [
         "error: --train.seed: rank 1 was started with 6, rank 0 with 5; give all ranks the same command line and the "
-        "same files"
+        f"same files (on rank 1, {socket.gethostname()})"
     ]
     assert not run.exists()
 
@@ -111,3 +112,21 @@ def test_files_that_vanish_during_a_run_are_one_line(tmp_path, data):
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and str(root) in lines[0] and "Traceback" not in said, said
     assert set(codes) <= {5, 6, 9}
+
+
+def test_what_one_machine_alone_lacks_is_said_with_its_rank(tmp_path, data):
+    """The first rank's message names the rank and its machine: where the first one looks, the file is there."""
+    from forked import ForkedScript
+    from training.runs import environment, free_port
+
+    run, port, processes = tmp_path / "run", str(free_port()), []
+    for rank, folder in enumerate((data, tmp_path / "not-mounted")):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = arguments(folder, run)
+        processes.append(ForkedScript(ROOT / "pretrain_adamba.py", words, environment() | places))
+    said = "".join(process.communicate(timeout=90)[1] for process in processes)
+    assert [process.returncode for process in processes] == [3, 3]
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "not-mounted/train" in lines[0], said
+    assert lines[0].endswith(f"(on rank 1, {socket.gethostname()})")
