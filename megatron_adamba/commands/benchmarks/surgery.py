@@ -26,7 +26,6 @@ from megatron_adamba.commands.benchmarks.surgery_sources import hidden_of, write
 from megatron_adamba.errors import StorageError
 from megatron_adamba.surgery.gpt_oss_config import HUGGING_FACE, OPENAI
 
-TOOLS = Path(__file__).resolve().parents[1]
 GIGABYTES, QUICK_GIGABYTES, PAIRS = 8.0, 0.01, 3
 NEEDED = 5.0
 """disk, in units of the source: that, what an expansion makes of it, and a copy"""
@@ -96,7 +95,7 @@ def measure(quick: bool, gigabytes: float | None = None, folder: Path | None = N
 
 def _measure_operation(operation: Operation, words: list[str], scratch: Path, pairs: int) -> list[Row]:
     source, made, spare = scratch / "source", scratch / "made", scratch / "spare"
-    command = [sys.executable, str(TOOLS / "surgery.py"), *operation.before, str(source)]
+    command = [sys.executable, "-m", "megatron_adamba", "surgery", *operation.before, str(source)]
     peaks = [_run([*command, str(made), *words])]
     verify(made)
     written = _size(made)
