@@ -10,6 +10,7 @@ import numpy as np
 from megatron_adamba.api.wording import naming_arguments
 from megatron_adamba.data.indexed_builder import IndexedDatasetBuilder
 from megatron_adamba.data.indexed_dataset import DatasetMeta, IndexedDataset, token_dtype
+from megatron_adamba.data.preprocess import described
 from megatron_adamba.data.sentencepiece_training import train_sentencepiece
 from megatron_adamba.data.tokenizer import Tokenizer
 from megatron_adamba.data.tokenizer import load_tokenizer as _load_tokenizer
@@ -66,18 +67,7 @@ def write_dataset(texts: Iterable[str], prefix: str | Path, tokenizer: Tokenizer
                 builder.add_documents(np.array(ids), [len(ids)], [len(text.encode("utf-8", errors="replace"))])
         if not builder.num_documents:
             raise DataError("texts: there is none that is not empty")
-        builder.finalize(
-            DatasetMeta(
-                tokenizer_hash=tokenizer.hash,
-                tokenizer_name=tokenizer.name,
-                vocab_size=tokenizer.vocab_size,
-                eod_id=tokenizer.eod_id,
-                num_documents=builder.num_documents,
-                num_tokens=builder.num_tokens,
-                num_bytes=builder.num_bytes,
-                source="write_dataset",
-            )
-        )
+        builder.finalize(described(builder, tokenizer, "write_dataset"))
     return open_dataset(prefix)
 
 

@@ -18,6 +18,7 @@ from megatron_adamba.api.wording import naming_arguments
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.data.blend import open_dataset
 from megatron_adamba.data.packed import evaluation_batches
+from megatron_adamba.data.tokenizer import folder_tokenizer
 from megatron_adamba.inference.load import load_model
 from megatron_adamba.surgery.calibration import Calibration
 from megatron_adamba.surgery.compare import Comparison, comparable_plans, compare_models
@@ -142,7 +143,7 @@ def reorder(
     """
     for kind in orders:
         one_of("orders", kind, _KINDS)
-    tokenizer = load_model(source, "fp32").tokenizer
+    tokenizer = folder_tokenizer(Path(source))
     batches = evaluation_batches(open_dataset(str(data), tokenizer, "data"), seq_len, batch_size, tokenizer.eod_id)
     calibration = Calibration(batches, tokens)
     recorded = {"data": str(data), "tokens": calibration.num_tokens, "seq_len": seq_len}

@@ -57,7 +57,7 @@ def without_own_flags(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def prepare(parsed: ParsedArguments, words: Sequence[str], prog: str, say: Callable[[str], None]) -> OwnRun:
+def prepare(parsed: ParsedArguments, words: Sequence[str], say: Callable[[str], None]) -> OwnRun:
     """Splits and tokenizes the texts and chooses the run's settings; what an earlier call has made for the same texts
     is taken up. Raises ConfigError, DataError, TokenizerError."""
     started = time.monotonic()

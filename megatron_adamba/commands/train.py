@@ -102,7 +102,7 @@ def train_on_own_text(parsed: ParsedArguments, words: Sequence[str], prog: str) 
 
     console = RunConsole()
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
-    own = prepare(parsed, words, prog, say)
+    own = prepare(parsed, words, say)
     for line in own.lines:
         say(line)
     code = train(parse_arguments(own.words, prog))

@@ -110,7 +110,7 @@ def preprocess(
         for chunk in encoded:
             _add_chunk(builders, chunk)
         _refuse_empty_side(options, builders)
-        metas = {builder.prefix: _meta(options, tokenizer, builder) for builder in builders}
+        metas = {builder.prefix: described(builder, tokenizer, " ".join(options.inputs)) for builder in builders}
         for builder in builders:
             builder.finalize(metas[builder.prefix])
     return metas, left_out
@@ -165,7 +165,8 @@ def _refuse_empty_side(options: PreprocessOptions, builders: list[IndexedDataset
             )
 
 
-def _meta(options: PreprocessOptions, tokenizer: Tokenizer, builder: IndexedDatasetBuilder) -> DatasetMeta:
+def described(builder: IndexedDatasetBuilder, tokenizer: Tokenizer, source: str) -> DatasetMeta:
+    """The sidecar of what a builder holds; source: where the texts come from."""
     return DatasetMeta(
         tokenizer_hash=tokenizer.hash,
         tokenizer_name=_printable(tokenizer.name),
@@ -174,7 +175,7 @@ def _meta(options: PreprocessOptions, tokenizer: Tokenizer, builder: IndexedData
         num_documents=builder.num_documents,
         num_tokens=builder.num_tokens,
         num_bytes=builder.num_bytes,
-        source=_printable(" ".join(options.inputs)),
+        source=_printable(source),
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from megatron_adamba.config.root import TOKENIZER_FILES
+from megatron_adamba.config.root import TOKENIZER_FILES, find_tokenizer
 from megatron_adamba.data import tokenizer_tiktoken
 from megatron_adamba.data.tokenizer_hugging_face import HuggingFaceTokenizer
-from megatron_adamba.data.tokenizer_options import TOOL_FLAGS, TokenizerFlags
+from megatron_adamba.data.tokenizer_options import FOLDER_FLAGS, TOOL_FLAGS, TokenizerFlags
 from megatron_adamba.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from megatron_adamba.data.tokenizer_tiktoken import RankChoice, TiktokenTokenizer
 from megatron_adamba.errors import TokenizerError
@@ -149,3 +149,11 @@ def _tokenizer_file(spec: str, flags: TokenizerFlags) -> Path:
     if path.suffix not in (".model", ".json", ".tiktoken"):
         raise TokenizerError(f"{flags.tokenizer} {spec}: the kind is told by the file's ending; give one of {KINDS}")
     return path
+
+
+def folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a canonical checkpoint brings, or that its config.json names. Raises TokenizerError."""
+    found = find_tokenizer(folder)
+    if found is None:
+        raise TokenizerError(f"{folder}: holds no tokenizer, and its config.json names none; copy tokenizer.json there")
+    return load_tokenizer(found, flags=FOLDER_FLAGS)

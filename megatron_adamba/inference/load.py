@@ -13,11 +13,10 @@ from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.offline import described_model, open_checkpoint
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.root import find_tokenizer, read_run_config
+from megatron_adamba.config.root import read_run_config
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.config.sections import GatesConfig, default_predictor
-from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_adamba.data.tokenizer_options import FOLDER_FLAGS
+from megatron_adamba.data.tokenizer import Tokenizer, folder_tokenizer
 from megatron_adamba.elastic.confidence import GateReading
 from megatron_adamba.elastic.sampler import earliest_exit
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
@@ -133,10 +132,7 @@ def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
-    found = find_tokenizer(folder)
-    if found is None:
-        raise TokenizerError(f"{folder}: holds no tokenizer, and its config.json names none; copy tokenizer.json there")
-    tokenizer = load_tokenizer(found, flags=FOLDER_FLAGS)
+    tokenizer = folder_tokenizer(folder)
     wanted = read_run_config(folder).get("tokenizer_hash")
     if wanted is not None and tokenizer.hash != wanted:
         raise TokenizerError(

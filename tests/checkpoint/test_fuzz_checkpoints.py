@@ -106,7 +106,7 @@ def test_what_a_config_says_is_loaded_or_refused(canonical, tmp_path):
         with torch.no_grad():
             loaded.model(tokens)
 
-    attack(folder, CONFIG_FILE, of_json, run, 2, 150)
+    assert attack(folder, CONFIG_FILE, of_json, run, 2, 150) > 0
 
 
 def test_a_flipped_byte_anywhere_in_a_shard_is_named(one_block, tmp_path):

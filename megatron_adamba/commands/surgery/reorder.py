@@ -22,13 +22,11 @@ def add_options(parser: CommandParser) -> None:
 
 def _plan(args: Namespace):
     from megatron_adamba.commands.progress import progress_bar
-    from megatron_adamba.config.root import find_tokenizer
     from megatron_adamba.config.rules import check_seed, count, one_of
     from megatron_adamba.data.blend import open_dataset
     from megatron_adamba.data.packed import evaluation_batches
-    from megatron_adamba.data.tokenizer import load_tokenizer
-    from megatron_adamba.data.tokenizer_options import FOLDER_FLAGS
-    from megatron_adamba.errors import ConfigError, TokenizerError
+    from megatron_adamba.data.tokenizer import folder_tokenizer
+    from megatron_adamba.errors import ConfigError
     from megatron_adamba.surgery.calibration import Calibration
     from megatron_adamba.surgery.reorder import reorder, shuffle
 
@@ -43,10 +41,7 @@ def _plan(args: Namespace):
     kinds = args.orders.split(",")
     for kind in kinds:
         one_of("--orders", kind, KINDS)
-    found = find_tokenizer(args.source)
-    if found is None:
-        raise TokenizerError(f"{args.source}: holds no tokenizer, and its config.json names none; copy it there")
-    tokenizer = load_tokenizer(found, flags=FOLDER_FLAGS)
+    tokenizer = folder_tokenizer(args.source)
     indexed = open_dataset(args.data, tokenizer, "--data")
     batches = evaluation_batches(indexed, args.seq_len, args.batch_size, tokenizer.eod_id)
     with progress_bar("measuring", None, "batches") as bar:
