@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor, way_on
 from megatron_adamba.training.peak import matmul_rate, peak_memory
 from megatron_adamba.training.progress import ProgressView
+from megatron_adamba.training.pruning import Pruning
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.run_tokenizer import saving_with_tokenizer
 from megatron_adamba.training.schedule import learning_rate_factor
@@ -83,6 +85,7 @@ class Trainer:
         self.saver = BackgroundSaver(saving_group(), saving_with_tokenizer(run.plan.tokenizer))
         self.saved: tuple[int, Path] | None = None
         """step and folder of the last checkpoint"""
+        self.pruning = Pruning(self.config.checkpoint.keep_last, lambda: run.run_id, self._say)
         self.stop = StopRequest(self._save, JobBoard(), self._say, leave)
         self.session.ask_before_update(self.stop.may_update)
         self.watch: LearningWatch | None = None
@@ -120,9 +123,12 @@ class Trainer:
                     )
                 saved = self._save()
                 rows = self.evaluate(writer)
+                if rows and all(math.isfinite(row.nats_per_token) for row in rows):
+                    self._prune()
                 write_final_model(self.run, saved)
         finally:
             view.close()
+            self.pruning.finish()
             if writer is not None:
                 writer.close()
         return rows
@@ -337,6 +343,8 @@ class Trainer:
         if stopped:
             raise self.stop.stopped(self.stop.finish())
         # inside a streak of skipped steps nothing is saved, or the checkpoints before it would have to go
+        if self.saver.idle and self.pruning.due(self.sound_counters["step"]):
+            self._prune()
         if interval and step % interval == 0 and step < train.steps and not streak:
             self._start_saving()
             if not self.config.checkpoint.asynchronous:
@@ -344,8 +352,16 @@ class Trainer:
 
     def _start_saving(self) -> None:
         counters = self.sound_counters
+        self.saver.finish()
+        if self.pruning.due(counters["step"]):
+            self._prune()
         start_saving(self.run, self.saver, counters)
         self.saved = counters["step"], checkpoint_root(self.config) / checkpoint_name(counters["step"])
+        self.pruning.saved(self.saved[1])
+
+    def _prune(self) -> None:
+        if self.first_rank:
+            self.pruning.start()
 
     def _save(self) -> Path:
         """The checkpoint of the last step that changed weights, finished."""
