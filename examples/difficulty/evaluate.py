@@ -194,4 +194,4 @@ def _grid(console, cells, adaptive) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: main(sys.argv[1:]))

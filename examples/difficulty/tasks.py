@@ -136,4 +136,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: main(sys.argv[1:]))

@@ -138,10 +138,14 @@ def read_tensor(path: Path, name: str, crc32: int | None = None) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged ({' '.join(str(error).split())})") from None
     if crc32 is not None and checksum(tensor) != crc32:
-        raise CheckpointError(
-            f"{path}: damaged ({name} is not what was written, its checksum differs); restore the file from a copy"
-        )
+        raise wrong_checksum(path, name)
     return tensor
+
+
+def wrong_checksum(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: damaged ({name} is not what was written, its checksum differs); restore the file from a copy"
+    )
 
 
 def load_into(

@@ -127,6 +127,7 @@ class _Exporter:
             rows = out.transpose(1, 2) if place.expert_matrix else out
             source = TensorFolder(self.old.opened.folder, OWN_DTYPES)
             for first, name in enumerate(names):
+                source.check(name)
                 for expert in range(shape[0]):
                     rows[expert, first :: len(names)] = source.rows(name, expert, expert + 1)[0]
             return out

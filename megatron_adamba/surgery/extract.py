@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.blueprint.manifest import ParamSpec
@@ -27,11 +28,16 @@ _PROMISE = "the logits are the source's at the same widths"
 
 
 def extract(
-    source: Path, width: int | None = None, widths: list[int] | None = None, exit_layer: int | None = None
+    source: Path,
+    width: int | None = None,
+    widths: list[int] | None = None,
+    exit_layer: int | None = None,
+    verify: bool = True,
 ) -> Job:
     """Plan the model of a plan: `width` in every block, or `widths`, up to `exit_layer`.
 
-    Its widths below, with their gains, stay; so do hidden size, embedding, head, final norm and Mamba mixers.
+    Its widths below, with their gains, stay; so do hidden size, embedding, head, final norm and Mamba mixers. verify:
+    hold tensors against their checksums, for which all of their bytes are read.
     Raises CheckpointError, ConfigError.
     """
     if width is None and widths is None and exit_layer is None:
@@ -40,7 +46,7 @@ def extract(
     plan = requested_plan(old.config, source, width, widths, exit_layer)
     config = _extracted_config(old.config, plan)
     folder = TensorFolder(source, OWN_DTYPES)
-    tensors = tuple(_leading(spec, old, folder) for spec in stored_manifest(config))
+    tensors = tuple(_leading(spec, old, folder, verify) for spec in stored_manifest(config))
     values = {**old.opened.config, "model": asdict(config), **_same_exits(old)}
     arguments = {"widths": list(plan.widths[: plan.exit_layer]), "exit_layer": plan.exit_layer}
     history = extended_history(source, "extract", arguments, "canonical")
@@ -89,7 +95,7 @@ def _same_exits(old: CanonicalSource) -> dict[str, Any]:
     }
 
 
-def _leading(spec: ParamSpec, old: CanonicalSource, folder: TensorFolder) -> PlannedTensor:
+def _leading(spec: ParamSpec, old: CanonicalSource, folder: TensorFolder, verify: bool) -> PlannedTensor:
     """Widths and units nest, and blocks are left out at the end alone: every tensor is the beginning of its namesake,
     along every axis."""
     if spec.name not in old.opened.weights:
@@ -98,7 +104,12 @@ def _leading(spec: ParamSpec, old: CanonicalSource, folder: TensorFolder) -> Pla
         return PlannedTensor(spec.name, spec.shape, torch.float32, f"new: {spec.init}", fresh)
     whole = old.opened.weights[spec.name].shape
     origin = spec.name if whole == spec.shape else f"{spec.name}, the beginning of {list(whole)}"
-    read = partial(folder.leading, spec.name, spec.shape)
+
+    def read() -> Tensor:
+        if verify:
+            folder.check(spec.name)
+        return folder.leading(spec.name, spec.shape)
+
     return PlannedTensor(spec.name, spec.shape, old.dtype(spec.name), origin, read)
 
 

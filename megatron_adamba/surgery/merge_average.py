@@ -82,6 +82,8 @@ def _check_same(first: CanonicalSource, other: CanonicalSource, first_folder: Pa
 
 def _mean(name: str, info: TensorInfo, sources: Sequence[TensorFolder], weights: Sequence[float]) -> Tensor:
     """Some rows at a time, of one source after the other."""
+    for source in sources:
+        source.check(name)
     mean = torch.empty(info.shape, dtype=info.dtype)
     rows = max(1, _PIECE // math.prod(info.shape[1:]))
     for start in range(0, info.shape[0], rows):

@@ -7,15 +7,17 @@ import itertools
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_adamba.checkpoint.canonical import read_tensor
+from megatron_adamba.checkpoint.canonical import read_checksums, read_tensor, wrong_checksum
 from megatron_adamba.checkpoint.shards import TensorInfo
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.schema import JsonObject, check_value, read_json
@@ -65,6 +67,24 @@ class TensorFolder:
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self.entries[name].path, name)
+
+    def check(self, name: str) -> None:
+        """Hold a tensor of a canonical folder against its checksum, where it has one: whoever reads parts of tensors
+        does not see all bytes. Raises CheckpointError."""
+        wanted, entry = self._checksums.get(name), self.entries[name]
+        if wanted is None:
+            return
+        left, found = entry.info.num_bytes, 0
+        with open(entry.path, "rb") as stream:
+            stream.seek(entry.start)
+            while left and (block := stream.read(min(left, _PIECE))):
+                left, found = left - len(block), zlib.crc32(block, found)
+        if found != wanted:
+            raise wrong_checksum(entry.path, name)
+
+    @cached_property
+    def _checksums(self) -> dict[str, int]:
+        return read_checksums(self.folder)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start .. stop - 1 of the leading axis; no more is read."""

@@ -123,8 +123,13 @@ class Trainer:
                     )
                 saved = self._save()
                 rows = self.evaluate(writer)
-                if rows and all(math.isfinite(row.nats_per_token) for row in rows):
-                    self._prune()
+                if (
+                    rows
+                    and all(math.isfinite(row.nats_per_token) for row in rows)
+                    and self.watch.sound
+                    and self.first_rank
+                ):
+                    self.pruning.start()
                 write_final_model(self.run, saved)
         finally:
             view.close()
@@ -343,8 +348,8 @@ class Trainer:
         if stopped:
             raise self.stop.stopped(self.stop.finish())
         # inside a streak of skipped steps nothing is saved, or the checkpoints before it would have to go
-        if self.saver.idle and self.pruning.due(self.sound_counters["step"]):
-            self._prune()
+        if self.saver.idle:
+            self._prune_once_sound()
         if interval and step % interval == 0 and step < train.steps and not streak:
             self._start_saving()
             if not self.config.checkpoint.asynchronous:
@@ -353,14 +358,14 @@ class Trainer:
     def _start_saving(self) -> None:
         counters = self.sound_counters
         self.saver.finish()
-        if self.pruning.due(counters["step"]):
-            self._prune()
+        self._prune_once_sound()
         start_saving(self.run, self.saver, counters)
         self.saved = counters["step"], checkpoint_root(self.config) / checkpoint_name(counters["step"])
         self.pruning.saved(self.saved[1])
 
-    def _prune(self) -> None:
-        if self.first_rank:
+    def _prune_once_sound(self) -> None:
+        """When a step after the newest checkpoint, which is complete, went well."""
+        if self.first_rank and self.pruning.due(self.sound_counters["step"]) and self.watch.sound:
             self.pruning.start()
 
     def _save(self) -> Path:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import string
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,10 +31,17 @@ def script(name: str):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    tasks = script("tasks")
     folder = tmp_path_factory.mktemp("data")
-    assert tasks.main(["--output", str(folder), "--train", "6000", "--held-out", "300"]) == 0
+    words = ["--output", folder, "--train", "6000", "--held-out", "300"]
+    subprocess.run([sys.executable, ROOT / "examples" / "difficulty" / "tasks.py", *words], check=True)
     return folder
+
+
+def test_the_evaluation_is_a_script_too(tmp_path):
+    path = ROOT / "examples" / "difficulty" / "evaluate.py"
+    words = ["--model", tmp_path / "none", "--data", tmp_path, "--json", tmp_path / "out.json"]
+    done = subprocess.run([sys.executable, path, *words], capture_output=True, text=True)
+    assert done.returncode == 5 and "none: no such folder" in done.stderr, done.stderr
 
 
 def held_out(folder: Path, tier: str, side: str = "heldout") -> list[tuple[str, str]]:

@@ -89,6 +89,19 @@ def test_a_run_that_ends_in_a_streak_keeps_its_good_checkpoint(data, tmp_path):
     assert kept == [f"step-{good:08}"]
 
 
+def test_checkpoints_from_before_a_fall_to_guessing_stay(data, tmp_path):
+    """The loss of ruined weights may be finite, and no better than guessing."""
+    run = tmp_path / "run"
+    train(1, arguments(data, run, train__steps=20, checkpoint__interval=10, optimizer__lr="0.01"))
+    assert min(losses(run).values()) < 5
+    ruined = {"optimizer__lr": "1", "optimizer__warmup_steps": 0}
+    words = arguments(data, run, train__steps=40, checkpoint__interval=2, **ruined)
+    done = train(1, [*words, "--resume", "auto"], check=False)
+    assert "the weights are ruined" in done.stdout
+    kept = {path.name for path in (run / "checkpoints").glob("step-*")}
+    assert {"step-00000010", "step-00000020"} <= kept and len(kept) > 4
+
+
 def test_a_run_that_guesses_is_told():
     watch = LearningWatch(256, 0, 10, 1000)
     said = [watch.look(step, 5.545 if step % 2 else float("nan")) for step in range(1, 1001)]
@@ -99,7 +112,8 @@ def test_a_run_that_guesses_is_told():
     # one that learnt, and fell back
     watch = LearningWatch(256, 0, 10, 1000)
     said = [watch.look(step, 3.0 if step < 300 else 5.6) for step in range(1, 1001)]
-    assert [step for step, text in enumerate(said, 1) if text] == [610]
+    assert [step for step, text in enumerate(said, 1) if text] == [309, 610]
+    assert "was 3.0000 and is now 5.6000" in said[308]
 
 
 def test_a_stuck_run_says_so(data, tmp_path):

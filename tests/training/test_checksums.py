@@ -44,6 +44,19 @@ def test_every_tensor_has_a_checksum(whole):
     assert index["crc32"].keys() == index["weight_map"].keys()
 
 
+def test_who_reads_parts_of_tensors_sees_it_too(flipped, whole, tmp_path, adamba):
+    readers = [
+        ("extract", flipped, tmp_path / "part", "--width", 16),
+        ("extract", flipped, tmp_path / "part", "--width", 32, "--exit-layer", 1),
+        ("merge-average", whole, flipped, tmp_path / "part"),
+    ]
+    for words in readers:
+        code, _, errors = adamba("surgery", *words)
+        assert code == 5 and "damaged (" in errors and "checksum differs" in errors, (words, errors)
+        assert not (tmp_path / "part").exists()
+    assert adamba("surgery", *readers[0], "--no-verify")[0] == 0
+
+
 def test_verify_and_every_reader_name_the_shard(flipped, data, tmp_path):
     named = "model-00001-of-00001.safetensors: damaged ("
     readers = [

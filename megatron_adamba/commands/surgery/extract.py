@@ -19,17 +19,22 @@ def plan_flags(args: Namespace) -> tuple[int | None, list[int] | None, int | Non
     return args.width, parse_whole_numbers("--widths", args.widths, "512,512,1024"), args.exit_layer
 
 
+def _add_flags(parser: CommandParser) -> None:
+    add_plan_flags(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not hold tensors against their checksums")
+
+
 def _plan(args: Namespace):
     width, widths, exit_layer = plan_flags(args)
 
     from megatron_adamba.surgery.extract import extract
 
-    return extract(args.source, width, widths, exit_layer)
+    return extract(args.source, width, widths, exit_layer, verify=not args.no_verify)
 
 
 COMMAND = job_command(
     "what runs at one width, or at one for each block up to an exit, as a smaller model",
     _plan,
-    add_plan_flags,
+    _add_flags,
     examples=("adamba surgery extract runs/hybrid runs/hybrid-720 --width 720",),
 )
