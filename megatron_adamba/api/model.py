@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_adamba.api.wording import naming_arguments, reworded
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.rules import count
 from megatron_adamba.data.tokenizer import Tokenizer
 from megatron_adamba.elastic.plan import uniform_plan
@@ -63,7 +63,7 @@ class Model:
         self._loaded = loaded
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> ResolvedModel:
         """Sizes, block pattern, widths; nothing in it is left to derive."""
         return self._loaded.model.config
 

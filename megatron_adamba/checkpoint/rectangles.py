@@ -87,7 +87,7 @@ class Placement:
 
 def placement(spec: ParamSpec, size: int, rank: int) -> Placement:
     """Of the shard that rank `rank` of `size` tensor-parallel ranks holds."""
-    if spec.unit is None or size == 1:
+    if spec.unit_axis is None or size == 1:
         return Placement(spec.shape, spec.shape)
     return Placement(spec.shape, local_shape(spec, size, rank), spec.unit_axis, owned_runs(spec, size, rank))
 
@@ -115,7 +115,9 @@ class Fragment(torch.Tensor):
 
     def copy_to_host(self) -> Fragment:
         """The same fragment with copies of its pieces in host memory."""
-        copy = torch.Tensor._make_wrapper_subclass(Fragment, tuple(self.shape), dtype=self.dtype, device="cpu")
+        copy = torch.Tensor._make_wrapper_subclass(
+            Fragment, tuple(self.shape), dtype=self.dtype, device=torch.device("cpu")
+        )
         copy.pieces = {offset: piece.detach().to("cpu", copy=True) for offset, piece in self.pieces.items()}
         return copy
 
@@ -143,4 +145,4 @@ class Fragment(torch.Tensor):
         return self._chunks()
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[tuple(index.offset)]
+        return self.pieces[tuple(index.offset or ())]

@@ -201,7 +201,7 @@ class PipelineSession(TrainingSession):
 
     def _tied_group(self, model: AdambaModel) -> dist.ProcessGroup | None:
         """First and last stage, where these are two and both hold the embedding."""
-        tied = model.config.tie_embeddings and model.embedding is not None
+        tied = model.config.tie_embeddings and model.holds("embedding.weight")
         return self.topology.group(ENDS) if tied and self.stages.loss_rank > 0 else None
 
     @property

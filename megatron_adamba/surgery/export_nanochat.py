@@ -16,6 +16,7 @@ from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import attention_windows, resolve_model
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.export_tokenizer import published_text
@@ -89,7 +90,7 @@ def export_nanochat(source: Path, step: int = 0, dtype: torch.dtype | None = Non
     return Job(plan, to_metadata(old.config, step), history, PROMISE, old.tokenizer_files())
 
 
-def check_exportable(config: ModelConfig, source: Path, target: str, read_back: Callable[[], ModelConfig]) -> None:
+def check_exportable(config: ResolvedModel, source: Path, target: str, read_back: Callable[[], ModelConfig]) -> None:
     """Whether what is written would be read as the same model.
 
     read_back: the model of the settings that are about to be written. Raises CheckpointError naming the first setting

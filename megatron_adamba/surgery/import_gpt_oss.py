@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.end_tokens import published_end_tokens
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
@@ -65,7 +65,7 @@ def _folders(source: Path, layout: str) -> list[Path]:
 class _Importer:
     source: TensorFolder
     layout: Layout
-    config: ModelConfig
+    config: ResolvedModel
 
     def plan(self) -> tuple[PlannedTensor, ...]:
         """Every canonical tensor; every tensor of the source is used, or the first that is not is named."""

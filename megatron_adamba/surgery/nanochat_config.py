@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.surgery.settings import Settings
 
@@ -115,7 +116,7 @@ def _windows(s: Settings, layers: int, window: int | None) -> tuple[str, int | N
     return pattern, window + 1
 
 
-def to_metadata(config: ModelConfig, step: int) -> dict[str, Any]:
+def to_metadata(config: ResolvedModel, step: int) -> dict[str, Any]:
     """meta_NNNNNN.json of the first release."""
     return {
         "step": step,
@@ -179,7 +180,7 @@ def _rope_theta(s: Settings) -> float:
     return theta
 
 
-def to_transformers_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
+def to_transformers_config(config: ResolvedModel, dtype_name: str) -> dict[str, Any]:
     """config.json of transformers' NanoChatForCausalLM."""
     values = {
         "architectures": [ARCHITECTURE],

@@ -14,7 +14,7 @@ from megatron_adamba.blueprint.stages import StagePlan
 from megatron_adamba.blueprint.summary import summarize, summarize_stages
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.depth import REASONS
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig, read_run_config
 from megatron_adamba.config.sections import TrainConfig
 from megatron_adamba.evaluation.widths import EvaluationRow
@@ -46,7 +46,7 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> None:
+def print_summary(console: Console, config: ResolvedModel, train: TrainConfig) -> None:
     """Parameters by component and FLOPs per token at every width."""
     summary = summarize(config, train.seq_len, frozen_names(config, train))
     table = Table(title=f"{config.num_layers} blocks, hidden size {config.hidden_size}: {summary['blocks']}")
@@ -77,7 +77,7 @@ def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> 
 
 
 def print_stages(
-    console: Console, config: ModelConfig, stages: StagePlan, train: TrainConfig, micro_steps: int
+    console: Console, config: ResolvedModel, stages: StagePlan, train: TrainConfig, micro_steps: int
 ) -> None:
     """What each rank of a pipeline holds, and how long it waits."""
     rows = summarize_stages(config, stages, train.seq_len, frozen_names(config, train))

@@ -13,6 +13,7 @@ from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.commands.benchmarks.common import PeakMemory, Row, in_subprocess, seconds
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.model.adamba import AdambaModel
 
 
@@ -32,7 +33,7 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def build_configs(hidden: int) -> tuple[ModelConfig, ModelConfig]:
+def build_configs(hidden: int) -> tuple[ResolvedModel, ResolvedModel]:
     """T and M. A T block has 12 H^2 weights, an M block about 6 H^2: two M for each T."""
     small = hidden < 128
     shape = {
@@ -50,11 +51,11 @@ def build_configs(hidden: int) -> tuple[ModelConfig, ModelConfig]:
     )
 
 
-def _count(config: ModelConfig) -> int:
+def _count(config: ResolvedModel) -> int:
     return sum(spec.numel for spec in manifest(config) if spec.name.startswith("blocks."))
 
 
-def speed_and_peak(config: ModelConfig, length: int, repeats: int, threads: int) -> tuple[float, float]:
+def speed_and_peak(config: ResolvedModel, length: int, repeats: int, threads: int) -> tuple[float, float]:
     """(tokens per second, MiB above what the process held before the model was built)."""
     torch.set_num_threads(threads)
     peak = PeakMemory()

@@ -17,6 +17,7 @@ from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.commands.benchmarks.common import TOLERANCE, Row, interleaved, require_close, seconds
 from megatron_adamba.commands.benchmarks.train import build_peer, copy_weights
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.elastic.confidence import GateReading
 from megatron_adamba.elastic.plan import full_plan, uniform_plan
 from megatron_adamba.inference.compute import ComputeMeter
@@ -96,7 +97,7 @@ def _model(sizes: Sizes, pattern: str, like_nanochat: bool = False) -> AdambaMod
     return model
 
 
-def _gates(config: ModelConfig) -> Gates:
+def _gates(config: ResolvedModel) -> Gates:
     """Untrained ones, of which each lets about a quarter of the tokens leave: what it costs, not what it is worth."""
     gates = Gates(config)
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +182,7 @@ def _mode_rows(ours: AdambaModel, peer: nn.Module, sizes: Sizes, batch: int) -> 
     return rows
 
 
-def _saved(config: ModelConfig, run: _OurRun, sizes: Sizes) -> float:
+def _saved(config: ResolvedModel, run: _OurRun, sizes: Sizes) -> float:
     meter = ComputeMeter(config, run.policy, sizes.prompt + sizes.new)
     exits, widened = (torch.cat(parts).tolist() for parts in zip(*run.trace))
     return 1 - meter.total(exits, widened) / (meter.full * len(exits))

@@ -17,6 +17,7 @@ from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.commands.benchmarks.common import DTYPES, TOLERANCE, Row, require_close, seconds, time_row
 from megatron_adamba.config.ds_config import complete_ds_config
 from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import OptimizerConfig, TrainConfig
 from megatron_adamba.engine.launch import start_distributed, stop_distributed
@@ -70,7 +71,7 @@ def measure(quick: bool) -> list[Row]:
 class BlockLoss(nn.Module):
     """A block and the mean square of its output: what the engine is given as a model."""
 
-    def __init__(self, block: nn.Module, config: ModelConfig, row: NestRow) -> None:
+    def __init__(self, block: nn.Module, config: ResolvedModel, row: NestRow) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([block])
         self.config, self.row = config, row
@@ -88,7 +89,7 @@ class BlockLoss(nn.Module):
 class DenseBlock(nn.Module):
     """The block at one width and nothing else, out of torch's linear layers; its weights are copies of `source`'s."""
 
-    def __init__(self, config: ModelConfig, source: AttentionBlock, row: NestRow) -> None:
+    def __init__(self, config: ResolvedModel, source: AttentionBlock, row: NestRow) -> None:
         super().__init__()
         self.heads_per_group = config.num_heads // config.num_kv_groups
         self.head_dim, self.eps = config.head_dim, config.norm_eps
@@ -128,7 +129,7 @@ class DenseBlock(nn.Module):
 class MaskedBlock(DenseBlock):
     """The block at full size, every activation multiplied by a mask that leaves a width's share of it."""
 
-    def __init__(self, config: ModelConfig, source: AttentionBlock, row: NestRow) -> None:
+    def __init__(self, config: ResolvedModel, source: AttentionBlock, row: NestRow) -> None:
         super().__init__(config, source, config.nest[-1])
         self.norm_size = row.norm_size
         keys = row.kv_groups * config.head_dim
@@ -160,7 +161,7 @@ def _peer_specs(model: nn.Module) -> tuple[ParamSpec, ...]:
     return tuple(ParamSpec(name, tuple(p.shape), *kinds[p.dim()], "linear") for name, p in model.named_parameters())
 
 
-def _our_model(config: ModelConfig, row: NestRow) -> tuple[BlockLoss, tuple[ParamSpec, ...]]:
+def _our_model(config: ResolvedModel, row: NestRow) -> tuple[BlockLoss, tuple[ParamSpec, ...]]:
     model = BlockLoss(AttentionBlock(config, None), config, row)
     specs = tuple(spec for spec in manifest(config) if spec.name.startswith("blocks.0."))
     with torch.no_grad():

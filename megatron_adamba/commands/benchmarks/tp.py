@@ -25,6 +25,7 @@ from megatron_adamba.commands.benchmarks.common import (
 )
 from megatron_adamba.commands.benchmarks.ranks import PATIENCE, on_ranks
 from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.layers.attention import NestedAttention
 from megatron_adamba.layers.block import AttentionBlock
 from megatron_adamba.layers.context import ForwardContext
@@ -59,7 +60,7 @@ class Halves(TensorParallel):
 class Stack(nn.Module):
     """Attention blocks one behind the other, as they lie in a model."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, halves: bool = False) -> None:
+    def __init__(self, config: ResolvedModel, tp: TensorParallel, halves: bool = False) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(AttentionBlock(config, None, tp) for _ in range(config.num_layers))
@@ -121,7 +122,7 @@ def _measure(tp: TensorParallel, quick: bool, threads: int) -> list[Row]:
 
 
 @torch.no_grad()
-def _fill(config: ModelConfig, whole: Stack, sides: dict[str, Stack], tp: TensorParallel) -> None:
+def _fill(config: ResolvedModel, whole: Stack, sides: dict[str, Stack], tp: TensorParallel) -> None:
     """The same weights for all; output projections away from their zeros at birth, which would hide the rest."""
     for spec in manifest(config):
         if not spec.name.startswith("blocks."):

@@ -19,6 +19,7 @@ from megatron_adamba.commands.benchmarks.common import (
     time_row,
 )
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.sections import OptimizerConfig
 from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
 from megatron_adamba.model.adamba import AdambaModel
@@ -93,7 +94,7 @@ def build_ours(hidden: int, head_dim: int, layers: int, vocab: int) -> AdambaMod
     return model
 
 
-def build_peer(config: ModelConfig, seq: int) -> nn.Module:
+def build_peer(config: ResolvedModel, seq: int) -> nn.Module:
     """transformers' NanoChat of the same sizes, uninitialised as far as we care."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
@@ -165,13 +166,13 @@ def _compare(ours: AdambaModel, peer: nn.Module, tokens: Tensor, labels: Tensor,
             require_small_error(f"gradient of {name}", parameter.grad, grad, 2 * bound)
 
 
-def flops_per_token(config: ModelConfig, seq: int) -> float:
+def flops_per_token(config: ResolvedModel, seq: int) -> float:
     """Of forward + backward: 6 for each weight of a matmul, and causal attention's two products."""
     matmuls = sum(spec.numel for spec in manifest(config) if spec.kind == "matrix" or spec.name == "head.weight")
     return 6 * (matmuls + config.num_layers * config.num_heads * config.head_dim * seq)
 
 
-def _rows(config: ModelConfig, batch: int, seq: int, times, steps, rate: float) -> list[Row]:
+def _rows(config: ResolvedModel, batch: int, seq: int, times, steps, rate: float) -> list[Row]:
     tokens = batch * seq
     speed = {name: tokens / statistics.median(values) for name, values in times.items()}
     share = {name: 100 * flops_per_token(config, seq) * value / rate for name, value in speed.items()}
