@@ -10,8 +10,9 @@ import errno
 import functools
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
@@ -77,7 +78,7 @@ def parse_json(
     """JSON text as a value of `kind`; source: what the message names; part: which part of it. Raises `error`."""
     begin = f"{source}: {part} is damaged" if part else f"{source}: damaged"
     try:
-        return _adapter(kind).validate_json(content, strict=True)
+        return _adapter(cast(Hashable, kind)).validate_json(content, strict=True)
     except ValidationError as failure:
         raise error(f"{begin} ({_first(failure)}); {advice}") from None
     except (ValueError, RecursionError) as failure:
@@ -94,7 +95,7 @@ def check_value(value: Any, kind: TypeForm[T], source: str, error: type[AdambaEr
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

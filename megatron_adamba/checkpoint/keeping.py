@@ -110,6 +110,11 @@ def prune(root: Path, newest: Path, keep_last: int, run_id: str | None) -> None:
         remove(old)
 
 
+def complete_before(root: Path, step: int) -> list[Path]:
+    """Complete checkpoints of earlier steps, oldest first."""
+    return [path for at, path in _by_step(root) if at < step and _is_complete(path)]
+
+
 def later_than(root: Path, step: int) -> list[Path]:
     """Checkpoints of later steps, whole or not: those of a branch that a run at `step` went back from."""
     return [path for at, path in _by_step(root) if at > step]

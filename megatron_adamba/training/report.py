@@ -14,6 +14,7 @@ from megatron_adamba.blueprint.stages import StagePlan
 from megatron_adamba.blueprint.summary import summarize, summarize_stages
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.depth import REASONS
+from megatron_adamba.config.model import NestRow
 from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig, read_run_config
 from megatron_adamba.config.sections import TrainConfig
@@ -41,7 +42,7 @@ def print_config(console: Console, config: AdambaConfig, sources: dict[str, str]
 def _as_yaml(value: Any) -> str:
     """In one line."""
     if isinstance(value, list):
-        value = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]
+        value = [dataclasses.asdict(item) if isinstance(item, NestRow) else item for item in value]
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
