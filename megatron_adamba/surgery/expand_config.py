@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from math import gcd
+from typing import Any
 
 from megatron_adamba.blueprint.gates import whole_width
 from megatron_adamba.blueprint.growth import sizes_of
@@ -34,7 +35,8 @@ def grown_config(old: ResolvedModel, hidden: int, heads: str, sizes: Sizes) -> R
     if hidden <= old.hidden_size:
         raise ConfigError(f"--hidden {hidden}: the source has {old.hidden_size} already; give more, for example "
                           f"--hidden {old.hidden_size + old.hidden_size // 4}")  # fmt: skip
-    changes = _with_more_heads(old, hidden, sizes) if heads == ADD_HEADS else _with_larger_heads(old, hidden, sizes)
+    grown = _with_more_heads if heads == ADD_HEADS else _with_larger_heads
+    changes: dict[str, Any] = grown(old, hidden, sizes)
     if "T" in old.block_pattern or old.mamba_use_mlp:
         changes["ffn_size"] = _grown_rows("--ffn-size", old.ffn_size, sizes.ffn_size, old, hidden)
     else:
@@ -52,14 +54,14 @@ def grown_config(old: ResolvedModel, hidden: int, heads: str, sizes: Sizes) -> R
         ffn=changes["ffn_size"],
         expert_ffn=changes.get("expert_ffn_size", 0),
     )
-    rows = [*copy_rows(old.nest), widest]
+    nest = [*copy_rows(old.nest), widest]
     changes["expanded_from"] = sizes_of(old)
     if old.gate_size:
         changes["estimator_reference"] = whole_width(old)
-    return resolve_model(replace(old, hidden_size=hidden, widths=None, nest=rows, **changes))
+    return resolve_model(replace(old, hidden_size=hidden, widths=None, nest=nest, **changes))
 
 
-def _with_more_heads(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict[str, int]:
+def _with_more_heads(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict[str, Any]:
     groups = sizes.num_kv_groups
     if groups is None:
         if old.num_kv_groups * hidden % old.hidden_size:
@@ -75,7 +77,7 @@ def _with_more_heads(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict[str,
     return {"num_kv_groups": groups, "num_heads": old.num_heads // old.num_kv_groups * groups}
 
 
-def _with_larger_heads(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict:
+def _with_larger_heads(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict[str, Any]:
     if sizes.num_kv_groups not in (None, old.num_kv_groups):
         raise ConfigError(f"--num-kv-groups {sizes.num_kv_groups}: --heads {GROW_DIM} adds none; leave the flag out")
     if old.head_dim * hidden % (2 * old.hidden_size):

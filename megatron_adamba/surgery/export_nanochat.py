@@ -70,7 +70,7 @@ def export_hugging_face_nanochat(source: Path, dtype: torch.dtype | None = None)
     widest = torch.float32 if any(tensor.dtype == torch.float32 for tensor in plan) else torch.bfloat16
     text = published_text(old)
     values = to_transformers_config(old.config, TORCH_NAMES[widest]) | text.settings
-    history = extended_history(source, "export hf", {"dtype": TORCH_NAMES.get(dtype)}, "canonical")
+    history = extended_history(source, "export hf", {"dtype": _named(dtype)}, "canonical")
     return Job(plan, values, history, PROMISE, contents=text.files)
 
 
@@ -85,9 +85,13 @@ def export_nanochat(source: Path, step: int = 0, dtype: torch.dtype | None = Non
     read = lambda: read_metadata(source, to_metadata(old.config, step), CodeSettings(), None)
     check_exportable(old.config, source, "nanochat's first release", read)
     plan = _Exporter(old, OWN, dtype).plan()
-    arguments = {"step": step, "dtype": TORCH_NAMES.get(dtype)}
+    arguments = {"step": step, "dtype": _named(dtype)}
     history = extended_history(source, "export nanochat", arguments, "canonical")
     return Job(plan, to_metadata(old.config, step), history, PROMISE, old.tokenizer_files())
+
+
+def _named(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else TORCH_NAMES.get(dtype)
 
 
 def check_exportable(config: ResolvedModel, source: Path, target: str, read_back: Callable[[], ModelConfig]) -> None:

@@ -102,7 +102,8 @@ class _Importer:
     def _plain(self, spec: ParamSpec, place: Place, used: set[str]) -> PlannedTensor:
         shape = source_shape(self.config, spec, place, transposed=False)
         dtype = self._claim(place.name, shape, used, (torch.bfloat16, torch.float32))
-        origin, make = _origin(place, place.name), partial(self.source.read, place.name)
+        origin = _origin(place, place.name)
+        make: Callable[[], Tensor] = partial(self.source.read, place.name)
         if place.part in ("q", "k", "v"):
             first, stop = fused_rows(self.config, place.part)
             origin = f"{place.name}, rows {first} to {stop - 1}"

@@ -59,7 +59,7 @@ def import_nanochat(
     promise = PROMISE
     if padding := file.entries[OWN.place("embedding.weight")].info.shape[0] - config.vocab_size:
         promise += f"; {padding} padding rows of the vocabulary are left out"
-    arguments = {"step": int(re.sub(r"\D", "", path.stem)), "rope_base": config.rope_theta}
+    arguments: dict[str, Any] = {"step": int(re.sub(r"\D", "", path.stem)), "rope_base": config.rope_theta}
     arguments |= {"softcap": config.logit_softcap, "window": config.sliding_window and config.sliding_window - 1}
     found = import_tokenizer([source], as_choice(tokenizer), config.vocab_size, NANOCHAT)
     # at these its own code ends a turn

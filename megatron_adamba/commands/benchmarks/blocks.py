@@ -6,6 +6,7 @@ Two architectures, not two ways to compute one function, so no output is compare
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ def measure(quick: bool) -> list[Row]:
 def build_configs(hidden: int) -> tuple[ResolvedModel, ResolvedModel]:
     """T and M. A T block has 12 H^2 weights, an M block about 6 H^2: two M for each T."""
     small = hidden < 128
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": hidden,
         "vocab_size": 256,
         "head_dim": 16 if small else 64,

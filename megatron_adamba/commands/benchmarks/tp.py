@@ -19,6 +19,7 @@ from megatron_adamba.commands.benchmarks.common import (
     TOLERANCE,
     ComparisonError,
     Row,
+    gradient_of,
     interleaved,
     require_close,
     time_row,
@@ -136,7 +137,7 @@ def _fill(config: ResolvedModel, whole: Stack, sides: dict[str, Stack], tp: Tens
 
 
 def _cut_in_halves(spec: ParamSpec, values: Tensor, tp: TensorParallel) -> Tensor:
-    if spec.unit is None:
+    if spec.unit_axis is None:
         return values
     ((length, unit),) = spec.parts
     first, end = Halves(tp.size, tp.rank, units=length // unit).run
@@ -149,7 +150,7 @@ def _step(model: Stack, x: Tensor, row: NestRow) -> tuple[Tensor, Tensor]:
     y = model(x, row, Accumulation.DEFER)
     y.float().square().mean().backward()
     dist.barrier()
-    return y.detach(), x.grad
+    return y.detach(), gradient_of(x)
 
 
 def _compare(what: str, whole: Stack, sides: dict[str, Stack], x: Tensor, row: NestRow) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.commands.benchmarks.common import (
     TOLERANCE,
     Row,
+    gradient_of,
     interleaved,
     matmul_rate,
     require_close,
@@ -61,7 +64,8 @@ def measure(quick: bool) -> list[Row]:
     }
     rate = matmul_rate(dtype, matmul_size)
     passes = {"ours": lambda: our_loss(ours, tokens, labels), "peer": lambda: peer_loss(peer, tokens, labels)}
-    times = interleaved({name: lambda loss=loss: loss().backward() for name, loss in passes.items()}, repeats)
+    backward = lambda loss: loss().backward()
+    times = interleaved({name: partial(backward, loss) for name, loss in passes.items()}, repeats)
     steps = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, repeats)
     return _rows(ours.config, batch, seq, times, steps, rate)
 
@@ -98,6 +102,8 @@ def build_peer(config: ResolvedModel, seq: int) -> nn.Module:
     """transformers' NanoChat of the same sizes, uninitialised as far as we care."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
+    # transformers' types leave it out
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     return NanoChatForCausalLM(
         NanoChatConfig(
             vocab_size=config.vocab_size,
@@ -109,7 +115,7 @@ def build_peer(config: ResolvedModel, seq: int) -> nn.Module:
             max_position_embeddings=seq,
             rms_norm_eps=EPS,
             final_logit_softcapping=config.logit_softcap,
-            attn_implementation="sdpa",
+            **attention,
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
@@ -162,8 +168,8 @@ def _compare(ours: AdambaModel, peer: nn.Module, tokens: Tensor, labels: Tensor,
     for name, parameter in ours.named_parameters():
         place = peer_place(name)
         if place is not None:
-            grad = peer.get_parameter(place).grad
-            require_small_error(f"gradient of {name}", parameter.grad, grad, 2 * bound)
+            grads = gradient_of(parameter), gradient_of(peer.get_parameter(place))
+            require_small_error(f"gradient of {name}", *grads, 2 * bound)
 
 
 def flops_per_token(config: ResolvedModel, seq: int) -> float:

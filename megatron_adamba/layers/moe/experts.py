@@ -17,6 +17,12 @@ class Experts(nn.Module):
     expert_ffn_size], gate_bias, up_bias [experts, expert_ffn_size], down_bias [experts, width].
     """
 
+    gate_weight: nn.Parameter
+    up_weight: nn.Parameter
+    down_weight: nn.Parameter
+    gate_bias: nn.Parameter
+    up_bias: nn.Parameter
+    down_bias: nn.Parameter
     NAMES = ("gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
 
     def __init__(self, config: ResolvedModel, count: int, device=None) -> None:
