@@ -121,8 +121,9 @@ class Fragment(torch.Tensor):
         copy.pieces = {offset: piece.detach().to("cpu", copy=True) for offset, piece in self.pieces.items()}
         return copy
 
+    # torch's types have a plain function where it asks for a class method
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         raise TypeError(f"a checkpoint fragment takes no part in {func}")
 
     def _chunks(self) -> list[ChunkStorageMetadata]:

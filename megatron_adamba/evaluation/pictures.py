@@ -138,9 +138,8 @@ def road_figure(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
     axes.set_xlabel("steps, counted through all runs")
     axes.set_ylabel("nats per token")
     axes.grid(alpha=0.3)
-    # beside the curves, which fill the picture; matplotlib's types do not know of places outside
-    columns = min(4, len(runs) + len(held_out))
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=8)  # type: ignore[call-overload]
+    # beside the curves, which fill the picture
+    figure.legend(loc="outside lower center", ncols=min(4, len(runs) + len(held_out)), fontsize=8)
     return figure
 
 
