@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,9 +86,9 @@ class Model:
     def device(self) -> torch.device:
         return self._loaded.device
 
-    def generate(self, prompt: str, **settings: object) -> str:
+    def generate(self, prompt: str, **settings: Any) -> str:
         """The text that follows on the prompt; takes the settings of `stream`. Raises ConfigError."""
-        return "".join(token.text for token in self.stream(prompt, **settings))  # type: ignore[arg-type]
+        return "".join(token.text for token in self.stream(prompt, **settings))
 
     def stream(
         self,
