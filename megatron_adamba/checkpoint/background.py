@@ -34,16 +34,19 @@ class BackgroundSaver:
         """Whether the checkpoint on its way has failed on this rank; `finish` then raises on all."""
         return self._failure is not None
 
-    def start(
-        self, root: Path, step: int, fragments: dict[str, Fragment], state: dict[str, Any], keep_last: int
-    ) -> None:
+    @property
+    def idle(self) -> bool:
+        """Whether no checkpoint is on its way on this rank."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def start(self, root: Path, step: int, fragments: dict[str, Fragment], state: dict[str, Any]) -> None:
         """Copy the fragments and return; waits first for the checkpoint before, and raises what that one raised."""
         self.finish()
         copies = {name: fragment.copy_to_host() for name, fragment in fragments.items()}
 
         def run() -> None:
             try:
-                self._result = self.write(root, step, copies, state, keep_last, self.group)
+                self._result = self.write(root, step, copies, state, self.group)
             except BaseException as error:
                 self._failure = error
 

@@ -29,7 +29,6 @@ from megatron_adamba.checkpoint.keeping import (
     checkpoint_name,
     complete_folders,
     make_room,
-    prune,
     put_in_place,
     step_folders,
 )
@@ -49,16 +48,14 @@ def save_training_checkpoint(
     step: int,
     fragments: dict[str, Fragment],
     state: dict[str, Any],
-    keep_last: int,
     group: dist.ProcessGroup | None = None,
     carried: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Called by every rank with its own fragments; returns the finished folder.
 
     state: JSON values, the same on all ranks, the `run_id` in its config; group: of all ranks, to meet in; None is the
-    world's. This run's older checkpoints beyond `keep_last` go, after `latest` names the new one; what any other run
-    wrote stays. carried: the tokenizer's files, by name. Raises StorageError where the disk is full; what was there
-    before is untouched.
+    world's. Checkpoints of other steps stay (`keeping.prune` takes them away). carried: the tokenizer's files, by name.
+    Raises StorageError where the disk is full; what was there before is untouched.
     """
     rank = dist.get_rank()
     final = root / checkpoint_name(step)
@@ -74,7 +71,7 @@ def save_training_checkpoint(
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, own, group=group)
     files = {name: mark for part in everyone for name, mark in part.items()}
-    together(lambda: _publish(root, aside, final, files, state, keep_last, carried or {}) if rank == 0 else None, group)
+    together(lambda: _publish(root, aside, final, files, state, carried or {}) if rank == 0 else None, group)
     return final
 
 
@@ -122,7 +119,6 @@ def _publish(
     final: Path,
     files: dict[str, Any],
     state: dict[str, Any],
-    keep_last: int,
     carried: Mapping[str, bytes],
 ) -> None:
     for name, content in carried.items():
@@ -132,10 +128,8 @@ def _publish(
         files[name] = _fingerprint(aside / name)
     write_atomically(aside / FILES_FILE, json.dumps(files, indent=1).encode())
     sync_directory(aside)
-    run_id = state.get("config", {}).get("run_id")
-    put_in_place(aside, final, run_id)
+    put_in_place(aside, final, state.get("config", {}).get("run_id"))
     write_atomically(root / LATEST, final.name.encode())
-    prune(root, final, keep_last, run_id)
 
 
 def _explain(error: CheckpointException) -> BaseException:

@@ -255,7 +255,7 @@ class CheckpointConfig:
     interval: int = 0
     """steps between training checkpoints; 0 saves only on a signal"""
     keep_last: int = 2
-    """training checkpoints that stay on disk"""
+    """training checkpoints that stay on disk; one more until a step after the newest went well"""
     asynchronous: bool = False
     """training goes on as soon as weights and optimizer state are copied to host memory; needs that memory"""
     init_from: str | None = None

@@ -27,6 +27,22 @@ class MicroBatch(TypedDict):
     """whether any row holds more than one document (known on the host, so that nothing waits for a device)"""
 
 
+class ModelInputs(TypedDict):
+    """Of a micro-batch, on the device."""
+
+    tokens: Tensor
+    labels: Tensor
+    seq_idx: Tensor | None
+    """None where no row holds more than one document"""
+
+
+def model_inputs(batch: MicroBatch, device: torch.device) -> ModelInputs:
+    """Nothing waits for the copies."""
+    move = lambda tensor: tensor.to(device, non_blocking=True)
+    seq_idx = move(batch["seq_idx"]) if batch["packed"] else None
+    return {"tokens": move(batch["tokens"]), "labels": move(batch["labels"]), "seq_idx": seq_idx}
+
+
 def to_micro_batch(batch: Sample) -> MicroBatch:
     """Tensors of a sample whose arrays have a leading batch dimension, as `EvaluationBatches` yields them."""
     tokens, labels, seq_idx = (torch.from_numpy(batch[name]) for name in ("tokens", "labels", "seq_idx"))

@@ -46,8 +46,7 @@ def start_saving(run: Run, saver: BackgroundSaver, counters: dict[str, Any]) -> 
     config["tokenizer_hash"], config["run_id"] = run.plan.tokenizer.hash, run.run_id
     state = {"counters": dict(counters), "config": config, "history": run.history}
     state |= {"optimizer_starts": run.optimizer_starts, "data_order": run.data_order}
-    keep = run.plan.config.checkpoint.keep_last
-    saver.start(checkpoint_root(run.plan.config), counters["step"], fragments, state, keep)
+    saver.start(checkpoint_root(run.plan.config), counters["step"], fragments, state)
 
 
 def resume(run: Run, candidates: Sequence[Path]) -> Resumed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
 from megatron_adamba.checkpoint.keeping import checkpoint_name, complete_before
 from megatron_adamba.checkpoint.training import together
-from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
+from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader, model_inputs
 from megatron_adamba.data.packed import UNSCORED
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
 from megatron_adamba.engine.job import JobBoard
@@ -34,6 +34,7 @@ from megatron_adamba.training.metrics import MetricsWriter
 from megatron_adamba.training.nonfinite import first_bad_tensor, way_on
 from megatron_adamba.training.peak import matmul_rate, peak_memory
 from megatron_adamba.training.progress import ProgressView
+from megatron_adamba.training.pruning import Pruning
 from megatron_adamba.training.run import Run
 from megatron_adamba.training.run_tokenizer import saving_with_tokenizer
 from megatron_adamba.training.schedule import learning_rate_factor
@@ -42,14 +43,6 @@ from megatron_adamba.training.start import checkpoint_root, missing_latest, star
 
 MOST_EXITS = 8
 """exit layers that an evaluation looks at"""
-
-
-class _Inputs(TypedDict):
-    """Of a micro-batch, on the device."""
-
-    tokens: Tensor
-    labels: Tensor
-    seq_idx: Tensor | None
 
 
 class Trainer:
@@ -94,6 +87,7 @@ class Trainer:
         self.saver = BackgroundSaver(saving_group(), saving_with_tokenizer(run.plan.tokenizer))
         self.saved: tuple[int, Path] | None = None
         """step and folder of the last checkpoint"""
+        self.pruning = Pruning(self.config.checkpoint.keep_last, lambda: run.run_id, self._say)
         self.stop = StopRequest(self._save, JobBoard(), self._say, leave)
         self.session.ask_before_update(self.stop.may_update)
         self.watch: LearningWatch
@@ -131,9 +125,12 @@ class Trainer:
                     )
                 saved = self._save()
                 rows = self.evaluate(writer)
+                if rows and all(math.isfinite(row.nats_per_token) for row in rows):
+                    self._prune()
                 write_final_model(self.run, saved)
         finally:
             view.close()
+            self.pruning.finish()
             if writer is not None:
                 writer.close()
         return rows
@@ -262,7 +259,7 @@ class Trainer:
                 self.labels[plan.label] = None
                 self._count_flops(plan)
                 plans.append(plan)
-                yield MicroStep(**self._inputs(batch), plan=plan, taps=taps, share=share)
+                yield MicroStep(**model_inputs(batch, self.device), plan=plan, taps=taps, share=share)
 
     def _shares(self, batches: list[MicroBatch]) -> Tensor:
         """[micro-batches]: scored tokens of each, over the mean of all micro-batches of the step on all replicas; 1
@@ -277,14 +274,6 @@ class Trainer:
         loads = self.session.mean_over_ranks(torch.stack(list(self.loads.values())).double())
         shares = loads / loads.sum(1, keepdim=True).clamp(min=1e-9) * loads.shape[1]
         return {str(block): [round(share, 4) for share in row] for block, row in zip(self.loads, shares.tolist())}
-
-    def _inputs(self, batch: MicroBatch) -> _Inputs:
-        move = lambda tensor: tensor.to(self.device, non_blocking=True)
-        return {
-            "tokens": move(batch["tokens"]),
-            "labels": move(batch["labels"]),
-            "seq_idx": move(batch["seq_idx"]) if batch["packed"] else None,
-        }
 
     def _count_flops(self, plan: ElasticPlan) -> None:
         train = self.config.train
@@ -350,6 +339,8 @@ class Trainer:
         if stopped:
             raise self.stop.stopped(self.stop.finish())
         # inside a streak of skipped steps nothing is saved, or the checkpoints before it would have to go
+        if self.saver.idle and self.pruning.due(self.sound_counters["step"]):
+            self._prune()
         if interval and step % interval == 0 and step < train.steps and not streak:
             self._start_saving()
             if not self.config.checkpoint.asynchronous:
@@ -357,9 +348,17 @@ class Trainer:
 
     def _start_saving(self) -> tuple[int, Path]:
         counters = self.sound_counters
+        self.saver.finish()
+        if self.pruning.due(counters["step"]):
+            self._prune()
         start_saving(self.run, self.saver, counters)
         self.saved = counters["step"], checkpoint_root(self.config) / checkpoint_name(counters["step"])
+        self.pruning.saved(*self.saved)
         return self.saved
+
+    def _prune(self) -> None:
+        if self.first_rank:
+            self.pruning.start()
 
     def _save(self) -> Path:
         """The checkpoint of the last step that changed weights, finished."""
@@ -375,7 +374,7 @@ class Trainer:
         def run_batch() -> None:
             assert self.last_batch is not None
             with torch.no_grad():
-                self.session.position_losses(**self._inputs(self.last_batch), plan=plan)
+                self.session.position_losses(**model_inputs(self.last_batch, self.device), plan=plan)
 
         names = [spec.name for spec in self.run.plan.specs]
         name = first_bad_tensor(self.session.module, names, run_batch)

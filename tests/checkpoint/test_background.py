@@ -23,7 +23,7 @@ class Writer:
     def __init__(self, failure: Exception | None = None) -> None:
         self.go, self.seen, self.failure = threading.Event(), [], failure
 
-    def __call__(self, root, step, fragments, state, keep_last, group) -> Path:
+    def __call__(self, root, step, fragments, state, group) -> Path:
         assert self.go.wait(20)
         self.seen.append({name: part.pieces[(0, 0)].clone() for name, part in fragments.items()})
         if self.failure is not None:
@@ -35,7 +35,7 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path):
     writer = Writer()
     saver = BackgroundSaver(None, writer)
     weight = torch.ones(3, 4)
-    saver.start(tmp_path, 7, {"weight/x": fragment(weight)}, {}, 2)
+    saver.start(tmp_path, 7, {"weight/x": fragment(weight)}, {})
     assert writer.seen == []
     weight.zero_()  # the next step
     writer.go.set()
@@ -47,8 +47,8 @@ def test_training_goes_on_while_the_disk_is_slow(tmp_path):
 def test_a_second_checkpoint_waits_for_the_first(tmp_path):
     writer = Writer()
     saver = BackgroundSaver(None, writer)
-    saver.start(tmp_path, 1, {"weight/x": fragment(torch.ones(1, 1))}, {}, 2)
-    second = threading.Thread(target=saver.start, args=(tmp_path, 2, {"weight/x": fragment(torch.ones(1, 1))}, {}, 2))
+    saver.start(tmp_path, 1, {"weight/x": fragment(torch.ones(1, 1))}, {})
+    second = threading.Thread(target=saver.start, args=(tmp_path, 2, {"weight/x": fragment(torch.ones(1, 1))}, {}))
     second.start()
     second.join(0.2)
     assert second.is_alive() and writer.seen == []
@@ -60,7 +60,7 @@ def test_a_second_checkpoint_waits_for_the_first(tmp_path):
 def test_a_failure_is_seen_and_raised_once(tmp_path):
     writer = Writer(StorageError("disk full"))
     saver = BackgroundSaver(None, writer)
-    saver.start(tmp_path, 1, {"weight/x": fragment(torch.ones(1, 1))}, {}, 2)
+    saver.start(tmp_path, 1, {"weight/x": fragment(torch.ones(1, 1))}, {})
     assert not saver.failed
     writer.go.set()
     with pytest.raises(StorageError, match="disk full"):

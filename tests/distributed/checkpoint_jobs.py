@@ -37,7 +37,7 @@ def write_reference(info, setup: dict[str, Any], folder: str) -> None:
         whole = canonical_value(key, tuple(fragment.shape))
         for offset, piece in fragment.pieces.items():
             piece.copy_(_box(whole, offset, piece.shape))
-    save_training_checkpoint(Path(folder), STEPS, fragments, {"counters": {}}, 2)
+    save_training_checkpoint(Path(folder), STEPS, fragments, {"counters": {}})
 
 
 def _box(whole: torch.Tensor, offset: tuple[int, ...], size: torch.Size) -> torch.Tensor:
@@ -54,7 +54,7 @@ def load_and_save(info, setup: dict[str, Any], layout: dict[str, Any], source: s
         if not all(torch.equal(piece, _box(whole, offset, piece.shape)) for offset, piece in fragment.pieces.items()):
             wrong.append(key)
     wrong += _weights_in_use(session)
-    save_training_checkpoint(Path(folder), STEPS, own_fragments(session), {"counters": {}}, 2)
+    save_training_checkpoint(Path(folder), STEPS, own_fragments(session), {"counters": {}})
     return wrong
 
 
@@ -80,7 +80,7 @@ def train_and_save(info, setup: dict[str, Any], layout: dict[str, Any], folder: 
     """The first ten steps, and a checkpoint."""
     session = _session(info, setup, layout)
     curve = take_steps(info, session, run_config(**setup["arguments"]), 0, STEPS)
-    save_training_checkpoint(Path(folder), STEPS, own_fragments(session), {"counters": {}}, 2)
+    save_training_checkpoint(Path(folder), STEPS, own_fragments(session), {"counters": {}})
     return curve
 
 
@@ -94,4 +94,4 @@ def load_and_train(info, setup: dict[str, Any], layout: dict[str, Any], source: 
 def save_one_tensor(info, folder: str) -> None:
     """weight/x [4, 3] holds 0 to 11."""
     x = Fragment(torch.arange(12.0), 0, Placement((4, 3), (4, 3)))
-    save_training_checkpoint(Path(folder), 1, {"weight/x": x}, {"counters": {}}, 2)
+    save_training_checkpoint(Path(folder), 1, {"weight/x": x}, {"counters": {}})

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 
+import pytest
 from training.runs import arguments, losses, train
 
 from megatron_adamba.config.sections import OptimizerConfig
@@ -13,25 +14,30 @@ from megatron_adamba.training.learning_watch import LearningWatch
 from megatron_adamba.training.nonfinite import way_on
 
 
-def test_good_checkpoints_outlive_the_streak_and_the_advice_works(data, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"keep_last": 1}, {"keep_last": 1, "asynchronous": "true"}])
+def test_good_checkpoints_outlive_the_streak_and_the_advice_works(data, tmp_path, options):
     run = tmp_path / "run"
-    train(1, arguments(data, run, train__steps=4, checkpoint__interval=1))
+    options = {f"checkpoint__{name}": value for name, value in options.items()} | {"checkpoint__interval": 1}
+    train(1, arguments(data, run, train__steps=4, **options))
+    assert len(list((run / "checkpoints").glob("step-*"))) == options.get("checkpoint__keep_last", 2)
     blown = {"optimizer__lr": "1e30", "optimizer__warmup_steps": 0, "train__nonfinite_patience": 4}
-    words = arguments(data, run, train__steps=30, checkpoint__interval=1, **blown)
+    words = arguments(data, run, train__steps=30, **options, **blown)
     done = train(1, [*words, "--resume", "auto"], check=False)
     assert done.returncode == 7
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     skipped = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
-    # the last step that was taken may be saved, those of the streak are not
-    assert len(kept) == 2 and max(skipped) - int(kept[-1].removeprefix("step-")) == 4
+    # the last step that was taken is saved, and replaces none: its weights are bad; those of the streak are not saved
+    assert len(kept) == options.get("checkpoint__keep_last", 2) + 1
+    assert max(skipped) - int(kept[-1].removeprefix("step-")) == 4
     advice = shlex.split(re.search(r"try (--resume .*)$", line)[1])
     assert advice[1].endswith(kept[0])
     again = dict(zip(advice[::2], advice[1::2]))
-    words = arguments(data, run, train__steps=8, checkpoint__interval=1, optimizer__warmup_steps=0)
+    words = arguments(data, run, train__steps=8, **options, optimizer__warmup_steps=0)
     index = words.index("--train.steps")
     done = train(1, [*words[:index], *words[index:], *(word for pair in again.items() for word in pair)])
     assert max(losses(run)) == 8
+    assert len(list((run / "checkpoints").glob("step-*"))) == options.get("checkpoint__keep_last", 2)
 
 
 def test_a_signal_inside_a_streak_saves_the_last_good_step(data, tmp_path):
