@@ -222,7 +222,7 @@ class _Pass:
                     )
 
     def _attention_block(self, index: int) -> None:
-        block = cast(AttentionBlock | ExpertBlock, self.model.blocks[index])
+        block = cast("AttentionBlock | ExpertBlock", self.model.blocks[index])
         for row, wide_row, tokens in self._groups(index):
             sets = [self._fill(index, row, self.decoder.narrow[index], tokens)]
             if wide_row not in (None, row):
@@ -243,7 +243,7 @@ class _Pass:
 
     def _fill(self, index: int, row: NestRow, cache: KVCache, tokens: slice | Tensor) -> _Set:
         """Keys and values of all tokens of a group, left or not, at one width, into their cache."""
-        block = cast(AttentionBlock | ExpertBlock, self.model.blocks[index])
+        block = cast("AttentionBlock | ExpertBlock", self.model.blocks[index])
         normed = block.attention_norm(self.x[tokens, : row.width])
         cos, sin = self.cos[tokens], self.sin[tokens]
         keys, values = (t[0].transpose(0, 1) for t in block.attention.keys_values(normed[None], row, cos, sin))

@@ -35,13 +35,13 @@ class _Linear(nn.Linear):
 
 
 class BlockGates(nn.Module):
-    """The gates that read the residual behind one block."""
+    """The gates that read the residual behind one block; one for expansion where the next block may widen."""
 
     def __init__(self, config: ResolvedModel, block: int, device=None) -> None:
         super().__init__()
         self.confidence_gate = Gate(config, 1, device)
-        widens = block + 1 in expansion_layers(config)
-        self.expansion_gate = Gate(config, 1, device) if widens else None
+        if block + 1 in expansion_layers(config):
+            self.expansion_gate = Gate(config, 1, device)
 
 
 class Gates(nn.Module):
@@ -59,9 +59,7 @@ class Gates(nn.Module):
 
     def widening(self, blocks: int, x: Tensor) -> Tensor:
         """Raw output of the expansion gate behind so many blocks, [...]; x: [..., hidden_size]."""
-        gate = self._behind(blocks).expansion_gate
-        assert gate is not None
-        return gate(x).squeeze(-1)
+        return self._behind(blocks).expansion_gate(x).squeeze(-1)
 
     def _behind(self, blocks: int) -> BlockGates:
         return cast(BlockGates, self.blocks[blocks - 1])
