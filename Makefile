@@ -14,10 +14,11 @@ test-all:         ## the slow ones too
 	bash tools/setup.sh test
 	bash tools/test.sh --all
 
-lint:             ## ruff and the floors' import test
+lint:             ## ruff, mypy and the floors' import test
 	bash tools/setup.sh test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	.venv/bin/python -m pytest -q tests/test_floors.py
 
 docs:             ## the pages as a site, in build/site

@@ -10,12 +10,16 @@ import errno
 import functools
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from megatron_adamba.errors import AdambaError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeForm
 
 T = TypeVar("T")
 JsonObject = dict[str, Any]
@@ -40,7 +44,7 @@ LARGEST_FILE = 1 << 30
 """bytes of JSON that are read at all"""
 
 
-def read_json(path: Path, kind: type[T], error: type[AdambaError], advice: str) -> T:
+def read_json(path: Path, kind: TypeForm[T], error: type[AdambaError], advice: str) -> T:
     """A JSON file as a value of `kind`.
 
     Raises `error`, one line that names the file, the first place in it that is wrong, and `advice`, where the file is
@@ -69,19 +73,19 @@ def read_regular(path: Path, error: type[AdambaError], advice: str, most: int = 
 
 
 def parse_json(
-    content: bytes | str, kind: type[T], source: str, error: type[AdambaError], advice: str, part: str = ""
+    content: bytes | str, kind: TypeForm[T], source: str, error: type[AdambaError], advice: str, part: str = ""
 ) -> T:
     """JSON text as a value of `kind`; source: what the message names; part: which part of it. Raises `error`."""
     begin = f"{source}: {part} is damaged" if part else f"{source}: damaged"
     try:
-        return _adapter(kind).validate_json(content, strict=True)
+        return _adapter(cast(Hashable, kind)).validate_json(content, strict=True)
     except ValidationError as failure:
         raise error(f"{begin} ({_first(failure)}); {advice}") from None
     except (ValueError, RecursionError) as failure:
         raise error(f"{begin} ({failure}); {advice}") from None
 
 
-def check_value(value: Any, kind: type[T], source: str, error: type[AdambaError], advice: str, part: str = "") -> T:
+def check_value(value: Any, kind: TypeForm[T], source: str, error: type[AdambaError], advice: str, part: str = "") -> T:
     """A value that came as Python objects (from YAML, a header, a request) as one of `kind`. Raises `error`."""
     try:
         content = json.dumps(value)
@@ -91,7 +95,7 @@ def check_value(value: Any, kind: type[T], source: str, error: type[AdambaError]
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

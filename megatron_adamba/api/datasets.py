@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -28,7 +29,13 @@ class Dataset(Sequence[np.ndarray]):
         """Documents."""
         return self._indexed.num_documents
 
-    def __getitem__(self, place):  # type: ignore[no-untyped-def,override]
+    @overload
+    def __getitem__(self, place: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, place: int | slice) -> np.ndarray | list[np.ndarray]:
         """Token ids of a document, [n] int64, its end-of-document token last; of a slice a list of them."""
         if isinstance(place, slice):
             return [self[index] for index in range(*place.indices(len(self)))]

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_adamba.api.wording import naming_arguments, reworded
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.rules import count
 from megatron_adamba.data.tokenizer import Tokenizer
 from megatron_adamba.elastic.plan import uniform_plan
@@ -63,7 +64,7 @@ class Model:
         self._loaded = loaded
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> ResolvedModel:
         """Sizes, block pattern, widths; nothing in it is left to derive."""
         return self._loaded.model.config
 
@@ -85,9 +86,9 @@ class Model:
     def device(self) -> torch.device:
         return self._loaded.device
 
-    def generate(self, prompt: str, **settings: object) -> str:
+    def generate(self, prompt: str, **settings: Any) -> str:
         """The text that follows on the prompt; takes the settings of `stream`. Raises ConfigError."""
-        return "".join(token.text for token in self.stream(prompt, **settings))  # type: ignore[arg-type]
+        return "".join(token.text for token in self.stream(prompt, **settings))
 
     def stream(
         self,

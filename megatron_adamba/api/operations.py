@@ -76,11 +76,11 @@ def import_checkpoint(
     """
     one_of("kind", kind, ("gpt-oss", "hf", "nanochat"))
     choice = TokenizerChoice(None if tokenizer is None else Path(tokenizer), None, None)
-    nest = {"widths": None if widths is None else list(widths), "tokenizer": choice}
+    nest = None if widths is None else list(widths)
     if kind == "nanochat":
-        return _write(import_nanochat(Path(source), step, CodeSettings(), **nest), target)
+        return _write(import_nanochat(Path(source), step, CodeSettings(), widths=nest, tokenizer=choice), target)
     made = import_gpt_oss if kind == "gpt-oss" else import_hugging_face
-    return _write(made(Path(source), **nest), target)
+    return _write(made(Path(source), widths=nest, tokenizer=choice), target)
 
 
 @naming_arguments

@@ -10,7 +10,8 @@ from megatron_adamba.blueprint.gates import expansion_layers
 from megatron_adamba.blueprint.manifest import mamba1_dt_rank
 from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.resolve import attention_windows, mamba_inner_size
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TokenCosts:
 
 
 def token_costs(
-    config: ModelConfig, widths: tuple[int, ...], wide_widths: tuple[int, ...], seq_len: int, min_exit_layer: int
+    config: ResolvedModel, widths: tuple[int, ...], wide_widths: tuple[int, ...], seq_len: int, min_exit_layer: int
 ) -> TokenCosts:
     """widths, wide_widths: of each block, as chosen and doubled; attention is counted at its mean over seq_len."""
     rows, windows, widened = block_rows(config), attention_windows(config), expansion_layers(config)
@@ -53,11 +54,12 @@ def token_costs(
         behind = index + 1
         count = (behind >= min_exit_layer) + (behind in widened) if behind < config.num_layers else 0
         gates.append(count * 2 * config.gate_size * (config.hidden_size + 1))
-    sums = (tuple(accumulate(part, initial=0)) for part in (narrow, wide, skipped, gates))
-    return TokenCosts(*sums, head=2 * config.hidden_size * config.vocab_size)
+    sums = lambda costs: tuple(accumulate(costs, initial=0))
+    head = 2 * config.hidden_size * config.vocab_size
+    return TokenCosts(sums(narrow), sums(wide), sums(skipped), sums(gates), head)
 
 
-def _state_flops(config: ModelConfig, letter: str, row: NestRow) -> int:
+def _state_flops(config: ResolvedModel, letter: str, row: NestRow) -> int:
     """What later tokens need of one that does not run the block: keys and values, or the Mamba state."""
     if letter in "TE":
         return 2 * row.width * 2 * row.kv_groups * config.head_dim
@@ -72,6 +74,6 @@ def _state_flops(config: ModelConfig, letter: str, row: NestRow) -> int:
     return 2 * hidden * projected + 2 * convolved * config.mamba_d_conv + 4 * inner * state
 
 
-def predictor_flops(config: ModelConfig) -> int:
+def predictor_flops(config: ResolvedModel) -> int:
     """Of the difficulty estimator, once a prompt."""
     return 2 * config.gate_size * (config.hidden_size + config.num_layers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_adamba.blueprint.degrees import legal_tp_degrees, obstacle
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.blueprint.stages import least_micro_steps, num_chunks
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.errors import ConfigError
 
@@ -48,7 +48,7 @@ class RunSetup:
         return max(1, self.world_size // (self.tp * self.pp))
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> ResolvedModel:
         return resolve_model(self.config.model)
 
 

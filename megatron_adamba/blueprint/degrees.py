@@ -7,15 +7,15 @@ from math import gcd
 from megatron_adamba.blueprint.manifest import vocab_unit
 from megatron_adamba.blueprint.nest import block_config
 from megatron_adamba.blueprint.resolve import mamba_inner_size
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 
 
-def _blocks(config: ModelConfig, letters: str) -> list[ModelConfig]:
+def _blocks(config: ResolvedModel, letters: str) -> list[ResolvedModel]:
     """The config as each block of these letters sees it."""
     return [block_config(config, index) for index, letter in enumerate(config.block_pattern) if letter in letters]
 
 
-def divided_sizes(config: ModelConfig) -> dict[str, int]:
+def divided_sizes(config: ResolvedModel) -> dict[str, int]:
     """What a degree has to divide, by the flag that sets it: KV groups, Mamba-2's groups, Mamba-1's inner channels."""
     sizes = {}
     if attention := _blocks(config, "TE"):
@@ -28,7 +28,7 @@ def divided_sizes(config: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def shared_units(config: ModelConfig) -> dict[str, int]:
+def shared_units(config: ResolvedModel) -> dict[str, int]:
     """What is dealt out in units without having to be divided; every rank needs one unit at full width."""
     units = {}
     if mlps := _blocks(config, "TM" if config.mamba_use_mlp else "T"):
@@ -38,14 +38,14 @@ def shared_units(config: ModelConfig) -> dict[str, int]:
     return units
 
 
-def legal_tp_degrees(config: ModelConfig) -> list[int]:
+def legal_tp_degrees(config: ResolvedModel) -> list[int]:
     """Of a resolved config, ascending; 1 is always among them."""
     common = gcd(*divided_sizes(config).values())
     most = min([common, *shared_units(config).values()])
     return [degree for degree in range(1, most + 1) if common % degree == 0]
 
 
-def obstacle(config: ModelConfig, tp: int) -> str | None:
+def obstacle(config: ResolvedModel, tp: int) -> str | None:
     """The flag that keeps a model from being cut into `tp`, with its size; None where it can be cut."""
     for flag, size in divided_sizes(config).items():
         if size % tp:

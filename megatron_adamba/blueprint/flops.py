@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from megatron_adamba.blueprint.manifest import mamba1_dt_rank
 from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.resolve import attention_windows, mamba_inner_size
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Work:
 
 
 def block_work(
-    config: ModelConfig, letter: str, row: NestRow, window: int | None, seq_len: int
+    config: ResolvedModel, letter: str, row: NestRow, window: int | None, seq_len: int
 ) -> list[tuple[Work, ...]]:
     """One block at one nest row, step by step: what stands in one tuple reads the same input.
 
@@ -41,20 +42,20 @@ def block_work(
     return steps + (_expert_work(config, row) if letter == "E" else _mlp_work(config, row))
 
 
-def _mlp_work(config: ModelConfig, row: NestRow) -> list[tuple[Work, ...]]:
+def _mlp_work(config: ResolvedModel, row: NestRow) -> list[tuple[Work, ...]]:
     matrix = 2 * row.width * row.ffn
     up = 2 * matrix if config.activation == "swiglu" else matrix
     return [(Work("mlp_norm", 0),), (Work("mlp", up),), (Work("mlp", matrix),)]
 
 
-def _expert_work(config: ModelConfig, row: NestRow) -> list[tuple[Work, ...]]:
+def _expert_work(config: ResolvedModel, row: NestRow) -> list[tuple[Work, ...]]:
     matrix = 2 * row.width * row.expert_ffn * config.experts_per_token
     # the gradient of what the router chose needs the one that goes into the experts' last matrix
     first = (Work("moe.router", 2 * row.width * config.num_experts), Work("moe.experts", 2 * matrix))
     return [(Work("moe_norm", 0),), first, (Work("moe.experts", matrix),)]
 
 
-def block_flops(config: ModelConfig, letter: str, row: NestRow, window: int | None, seq_len: int) -> int:
+def block_flops(config: ResolvedModel, letter: str, row: NestRow, window: int | None, seq_len: int) -> int:
     """Forward FLOPs per token of one block at one nest row."""
     steps = block_work(config, letter, row, window, seq_len)
     return sum(work.flops for step in steps for work in step)
@@ -67,7 +68,7 @@ def mean_keys(seq_len: int, window: int | None) -> float:
     return window - window * (window - 1) / (2 * seq_len)
 
 
-def _mamba_work(config: ModelConfig) -> list[tuple[Work, ...]]:
+def _mamba_work(config: ResolvedModel) -> list[tuple[Work, ...]]:
     hidden, inner, state = config.hidden_size, mamba_inner_size(config), config.mamba_d_state
     convolution, scan = 2 * config.mamba_d_conv, Work(None, _scan_flops(config))
     output = Work("mixer", 2 * inner * hidden)
@@ -80,7 +81,7 @@ def _mamba_work(config: ModelConfig) -> list[tuple[Work, ...]]:
     return [*((Work("mixer", flops),) for flops in steps), (scan,), (output,)]
 
 
-def _scan_flops(config: ModelConfig) -> int:
+def _scan_flops(config: ResolvedModel) -> int:
     inner, state, groups = mamba_inner_size(config), config.mamba_d_state, config.mamba_num_groups
     if config.mamba_version == 1:
         # per channel and state: decay product, input product, their sum, and the output's multiply-add
@@ -91,7 +92,7 @@ def _scan_flops(config: ModelConfig) -> int:
     return (groups * state + inner) * config.mamba_chunk_size + 4 * inner * state
 
 
-def forward_flops(config: ModelConfig, widths: tuple[int, ...], seq_len: int, exit_layer: int | None = None) -> int:
+def forward_flops(config: ResolvedModel, widths: tuple[int, ...], seq_len: int, exit_layer: int | None = None) -> int:
     """Forward FLOPs per token of the whole model.
 
     widths: one of the nest's widths per block; exit_layer: blocks that run (None: all of them). The head is counted,

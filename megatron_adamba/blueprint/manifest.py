@@ -7,7 +7,7 @@ from math import prod
 
 from megatron_adamba.blueprint.nest import block_config
 from megatron_adamba.blueprint.resolve import mamba_inner_size
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 
 GROUPS = ("embedding", "head", "norm", "gain", "attention", "mlp", "router", "expert", "mamba")
 """what `--train.freeze` and the summary group parameters by"""
@@ -39,7 +39,7 @@ class ParamSpec:
         return prod(self.shape)
 
 
-def manifest(config: ModelConfig) -> tuple[ParamSpec, ...]:
+def manifest(config: ResolvedModel) -> tuple[ParamSpec, ...]:
     """All parameters of a resolved config, in the order in which the model holds them."""
     ends = (config.vocab_size, config.hidden_size)
     table = "tied_embedding" if config.tie_embeddings else "embedding"
@@ -67,7 +67,7 @@ def vocab_unit(vocab_size: int) -> int:
     return 64 if vocab_size >= 4096 else 1
 
 
-def _static_norm(config: ModelConfig, prefix: str) -> list[ParamSpec]:
+def _static_norm(config: ResolvedModel, prefix: str) -> list[ParamSpec]:
     specs = []
     if config.norm_weight:
         specs.append(ParamSpec(f"{prefix}.weight", (config.hidden_size,), "norm", "vector", "ones"))
@@ -75,7 +75,7 @@ def _static_norm(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     return specs
 
 
-def _nested_norm(config: ModelConfig, prefix: str) -> list[ParamSpec]:
+def _nested_norm(config: ResolvedModel, prefix: str) -> list[ParamSpec]:
     specs = []
     if config.norm_weight:
         specs.append(ParamSpec(f"{prefix}.weight", (config.widths[-1],), "norm", "vector", "ones"))
@@ -83,7 +83,7 @@ def _nested_norm(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     return specs
 
 
-def _attention(config: ModelConfig, prefix: str) -> list[ParamSpec]:
+def _attention(config: ResolvedModel, prefix: str) -> list[ParamSpec]:
     width, query, key = config.widths[-1], config.num_heads * config.head_dim, config.num_kv_groups * config.head_dim
     specs = _nested_norm(config, f"{prefix}.attention_norm")
     rows = (("q", query), ("k", key), ("v", key))
@@ -105,7 +105,7 @@ def _attention(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     return specs
 
 
-def _mlp(config: ModelConfig, prefix: str) -> list[ParamSpec]:
+def _mlp(config: ResolvedModel, prefix: str) -> list[ParamSpec]:
     width, ffn = config.widths[-1], config.ffn_size
     specs = _nested_norm(config, f"{prefix}.mlp_norm")
     names = ("gate", "up") if config.activation == "swiglu" else ("up",)
@@ -125,7 +125,7 @@ def _mlp(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     return specs
 
 
-def _experts(config: ModelConfig, prefix: str) -> list[ParamSpec]:
+def _experts(config: ResolvedModel, prefix: str) -> list[ParamSpec]:
     width, rows, count = config.widths[-1], config.expert_ffn_size, config.num_experts
     specs = _nested_norm(config, f"{prefix}.moe_norm")
     specs.append(ParamSpec(f"{prefix}.moe.router.weight", (count, width), "router", "matrix", "linear"))
@@ -144,7 +144,7 @@ def _experts(config: ModelConfig, prefix: str) -> list[ParamSpec]:
     return specs
 
 
-def _mamba2(config: ModelConfig, prefix: str) -> list[ParamSpec]:
+def _mamba2(config: ResolvedModel, prefix: str) -> list[ParamSpec]:
     hidden, inner, heads = config.hidden_size, mamba_inner_size(config), config.mamba_num_heads
     groups, state = config.mamba_num_groups, config.mamba_num_groups * config.mamba_d_state
     channels = inner + 2 * state
@@ -171,12 +171,12 @@ def _mamba_specs(prefix: str, rows) -> list[ParamSpec]:
     ]
 
 
-def mamba1_dt_rank(config: ModelConfig) -> int:
+def mamba1_dt_rank(config: ResolvedModel) -> int:
     """Rank of Mamba-1's dt projection: hidden_size / 16, rounded up."""
     return -(-config.hidden_size // 16)
 
 
-def _mamba1(config: ModelConfig, prefix: str) -> list[ParamSpec]:
+def _mamba1(config: ResolvedModel, prefix: str) -> list[ParamSpec]:
     hidden, inner, state, rank = (
         config.hidden_size,
         mamba_inner_size(config),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import ConfigError
 
 MODE_REFERENCE = 2048
@@ -16,7 +17,7 @@ def round_up(value: float, multiple: int) -> int:
     return -(-int(value) // multiple) * multiple
 
 
-def default_nest(config: ModelConfig) -> list[NestRow]:
+def default_nest(config: ResolvedModel) -> list[NestRow]:
     """Rows for `config.widths`: kv_groups(w) = ceil(kv_heads w / H), ffn(w) = F w / H up to the next granule."""
     hidden = config.hidden_size
     rows = []
@@ -33,11 +34,11 @@ def default_nest(config: ModelConfig) -> list[NestRow]:
     return rows
 
 
-def _ffn_rows(size: int, width: int, config: ModelConfig) -> int:
+def _ffn_rows(size: int, width: int, config: ResolvedModel) -> int:
     return min(round_up(-(-size * width // config.hidden_size), config.ffn_granule), size)
 
 
-def check_nest(config: ModelConfig) -> None:
+def check_nest(config: ResolvedModel) -> None:
     """Refuse a table that does not fit the model. Raises ConfigError naming the row and a value that works."""
     rows = config.nest
     if not rows:
@@ -48,7 +49,7 @@ def check_nest(config: ModelConfig) -> None:
             f"--model.widths {widths}: must ascend without repeats; try {sorted({abs(w) for w in widths})}"
         )
     if config.layer_widths is not None:
-        _check_layer_widths(config, widths)
+        _check_layer_widths(config, config.layer_widths, widths)
     elif widths[-1] != config.hidden_size:
         raise ConfigError(
             f"--model.widths {widths}: the last width must be the hidden size; "
@@ -58,8 +59,8 @@ def check_nest(config: ModelConfig) -> None:
         _check_row(config, row)
 
 
-def _check_layer_widths(config: ModelConfig, widths: list[int]) -> None:
-    own, depth = config.layer_widths, config.num_layers
+def _check_layer_widths(config: ResolvedModel, own: list[int], widths: list[int]) -> None:
+    depth = config.num_layers
     where = f"--model.layer_widths {own}"
     if len(own) != depth:
         raise ConfigError(f"{where}: lists {len(own)} widths for {depth} blocks; try {[widths[-1]] * depth}")
@@ -73,7 +74,7 @@ def _check_layer_widths(config: ModelConfig, widths: list[int]) -> None:
         )
 
 
-def _check_row(config: ModelConfig, row: NestRow) -> None:
+def _check_row(config: ResolvedModel, row: NestRow) -> None:
     where = f"--model.nest row of width {row.width}"
     if not 1 <= row.kv_groups <= config.num_kv_groups:
         raise ConfigError(f"{where}: kv_groups {row.kv_groups} must lie between 1 and {config.num_kv_groups}")
@@ -93,7 +94,7 @@ def _check_row(config: ModelConfig, row: NestRow) -> None:
         raise ConfigError(f"{where}: norm_size {row.norm_size} must be 1 or more; try {row.width}")
 
 
-def mode_width(config: ModelConfig, mode: str) -> int:
+def mode_width(config: ResolvedModel, mode: str) -> int:
     """The width that a mode's name stands for in this model.
 
     `think` is all channels; the others come from `config.modes`, below a hidden size of 2048 scaled by
@@ -114,7 +115,7 @@ def nearest_width(widths: Sequence[int], target: float) -> int:
     return min(widths, key=lambda width: (abs(width - target), width))
 
 
-def row_index(config: ModelConfig, width: int) -> int:
+def row_index(config: ResolvedModel, width: int) -> int:
     """Place of `width` in the nest. Raises ConfigError for a width that is not in it."""
     widths = [row.width for row in config.nest]
     if width not in widths:
@@ -123,18 +124,18 @@ def row_index(config: ModelConfig, width: int) -> int:
     return widths.index(width)
 
 
-def largest_widths(config: ModelConfig) -> list[int]:
+def largest_widths(config: ResolvedModel) -> list[int]:
     """Per block of a resolved config: the width at which its own elastic weights end."""
     return list(config.layer_widths or [config.nest[-1].width] * config.num_layers)
 
 
-def block_rows(config: ModelConfig) -> list[dict[int, NestRow]]:
+def block_rows(config: ResolvedModel) -> list[dict[int, NestRow]]:
     """Per block of a resolved config: a width that a plan asks for -> the row that the block runs, at most its last."""
     rows = {row.width: row for row in config.nest}
     return [{width: rows[min(width, own)] for width in rows} for own in largest_widths(config)]
 
 
-def block_config(config: ModelConfig, index: int) -> ModelConfig:
+def block_config(config: ResolvedModel, index: int) -> ResolvedModel:
     """A resolved config as block `index` of it sees it.
 
     Its nest ends at the block's own largest width, `widths[-1]`: columns of elastic weights, as `hidden_size` is of

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from megatron_adamba.blueprint.nest import check_nest, copy_rows, default_nest, round_up
 from megatron_adamba.blueprint.pattern import parse_pattern
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import ConfigError
 
 
-def resolve_model(config: ModelConfig, vocab_size: int | None = None) -> ModelConfig:
+def resolve_model(config: ModelConfig, vocab_size: int | None = None) -> ResolvedModel:
     """The same model with nothing left to derive; what layers, manifest and checkpoints read.
 
     vocab_size: the tokenizer's, which must fit into `config.vocab_size` where both are given: published models have
@@ -33,26 +35,26 @@ def resolve_model(config: ModelConfig, vocab_size: int | None = None) -> ModelCo
     )
     config = _resolve_attention(config)
     config = _resolve_ffn(config)
-    config = _resolve_experts(config)
-    config = _resolve_mamba(config)
+    config = _resolve_experts(config, letters)
+    config = _resolve_mamba(config, letters)
     widths = list(config.widths) if config.widths is not None else None
     if config.nest is not None:
-        config = replace(config, nest=copy_rows(config.nest))
-        listed = [row.width for row in config.nest]
+        nest = copy_rows(config.nest)
+        listed = [row.width for row in nest]
         if widths is not None and widths != listed:
             raise ConfigError(f"--model.widths {widths}: the nest table has {listed}; give one of the two")
-        config = replace(config, widths=listed)
+        resolved = ResolvedModel(**{**vars(config), "widths": listed, "nest": nest})
     else:
-        config = replace(config, widths=widths or [config.hidden_size])
-        _check_widths(config)
-        config = replace(config, nest=default_nest(config))
-    check_nest(config)
-    return config
+        widths = widths or [config.hidden_size]
+        _check_widths(widths, config.hidden_size)
+        resolved = ResolvedModel(**{**vars(config), "widths": widths})
+        resolved.nest = default_nest(resolved)
+    check_nest(resolved)
+    return resolved
 
 
-def _check_widths(config: ModelConfig) -> None:
-    hidden = config.hidden_size
-    for width in config.widths:
+def _check_widths(widths: list[int], hidden: int) -> None:
+    for width in widths:
         if not 1 <= width <= hidden:
             raise ConfigError(f"--model.widths: {width} does not fit a hidden size of {hidden}; try {hidden // 2 or 1}")
 
@@ -96,8 +98,8 @@ def _resolve_ffn(config: ModelConfig) -> ModelConfig:
     return replace(config, ffn_size=ffn)
 
 
-def _resolve_experts(config: ModelConfig) -> ModelConfig:
-    if "E" not in config.block_pattern:
+def _resolve_experts(config: ModelConfig, letters: Collection[str]) -> ModelConfig:
+    if "E" not in letters:
         if config.num_experts:
             raise ConfigError(
                 f"--model.num_experts {config.num_experts}: no E block has them; "
@@ -121,8 +123,8 @@ def _resolve_experts(config: ModelConfig) -> ModelConfig:
     return replace(config, expert_ffn_size=size)
 
 
-def _resolve_mamba(config: ModelConfig) -> ModelConfig:
-    if "M" not in config.block_pattern:
+def _resolve_mamba(config: ModelConfig, letters: Collection[str]) -> ModelConfig:
+    if "M" not in letters:
         return config
     if config.mamba_version == 1:
         if config.mamba_num_heads is not None or config.mamba_num_groups != 1:
@@ -143,14 +145,14 @@ def _resolve_mamba(config: ModelConfig) -> ModelConfig:
     return replace(config, mamba_num_heads=heads)
 
 
-def mamba_inner_size(config: ModelConfig) -> int:
+def mamba_inner_size(config: ResolvedModel) -> int:
     """Channels inside a Mamba mixer of a resolved config."""
     if config.mamba_version == 1:
         return config.mamba_expand * config.hidden_size
     return config.mamba_num_heads * config.mamba_head_dim
 
 
-def attention_windows(config: ModelConfig) -> list[int | None]:
+def attention_windows(config: ResolvedModel) -> list[int | None]:
     """Per block: keys that its attention sees, None for all of them and for blocks without attention."""
     windows, seen = [], 0
     for letter in config.block_pattern:

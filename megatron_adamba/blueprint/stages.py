@@ -10,7 +10,7 @@ from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.pattern import parse_cuts
 from megatron_adamba.blueprint.resolve import attention_windows
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.sections import ParallelConfig
 from megatron_adamba.errors import ConfigError
 
@@ -110,7 +110,7 @@ class StagePlan:
 
 
 def plan_stages(
-    config: ModelConfig, parallel: ParallelConfig, seq_len: int, pattern: str | Sequence[str] | None = None
+    config: ResolvedModel, parallel: ParallelConfig, seq_len: int, pattern: str | Sequence[str] | None = None
 ) -> StagePlan:
     """The pipeline of a resolved model: cut where `pattern`, as the user wrote it, has `|`, else at
     `parallel.stage_bounds`, else as `parallel.stage_split` says.
@@ -144,7 +144,7 @@ def specs_held(specs: Sequence[ParamSpec], chunks: Sequence[Chunk], tied: bool) 
     return tuple(spec for spec in specs if any(chunk.holds(spec.name, tied) for chunk in chunks))
 
 
-def block_costs(config: ModelConfig, seq_len: int) -> list[float]:
+def block_costs(config: ResolvedModel, seq_len: int) -> list[float]:
     """Forward FLOPs of each block per token, a mean over the nest's widths, with the head added to the last one. The
     embedding is a look-up."""
     rows, windows = block_rows(config), attention_windows(config)

@@ -11,11 +11,11 @@ from megatron_adamba.blueprint.nest import largest_widths
 from megatron_adamba.blueprint.phases import trains_in_phase
 from megatron_adamba.blueprint.stages import Chunk, StagePlan, specs_held
 from megatron_adamba.blueprint.training_flops import training_costs
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 
 
 def summarize_stages(
-    config: ModelConfig, stages: StagePlan, seq_len: int, frozen: Collection[str] = ()
+    config: ResolvedModel, stages: StagePlan, seq_len: int, frozen: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Of each rank of a pipeline: {"rank", "blocks", "parameters", "training_flops"}, gains left out of the parameters,
     FLOPs per token at full width. frozen: names of parameters that do not train."""
@@ -45,7 +45,7 @@ def _numbers(chunk: Chunk) -> str:
     return f"{chunk.first}-{last}" if last > chunk.first else str(last)
 
 
-def summarize(config: ModelConfig, seq_len: int, frozen: Collection[str] = ()) -> dict[str, Any]:
+def summarize(config: ResolvedModel, seq_len: int, frozen: Collection[str] = ()) -> dict[str, Any]:
     """Of a resolved config; FLOPs are per token at `seq_len`, those of training with `frozen` left as it is.
 
     {"blocks", "parameters": {group: n}, "total", "total_without_gains", "trained_in_phase_1",

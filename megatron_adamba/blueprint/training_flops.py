@@ -9,7 +9,7 @@ from megatron_adamba.blueprint.flops import Work, block_work
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.resolve import attention_windows
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainingCosts:
         return sum(block[width] for block, width in zip(self.blocks[:depth], widths)) + self.head[depth]
 
 
-def training_costs(config: ModelConfig, seq_len: int, frozen: Collection[str] = ()) -> TrainingCosts:
+def training_costs(config: ResolvedModel, seq_len: int, frozen: Collection[str] = ()) -> TrainingCosts:
     """frozen: names of parameters that do not train.
 
     A product with a weight costs as much again for the weight's gradient, where that trains, and as much again for its

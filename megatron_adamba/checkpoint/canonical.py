@@ -32,7 +32,7 @@ WEIGHT_PREFIX = "weight/"
 
 def write_canonical(
     folder: Path,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
     extra_files: Iterable[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -44,7 +45,8 @@ class _SummedFile:
         try:
             # opened for each chunk: a large layout has more files than a process may hold open
             with open(self.path, "ab") as self.stream:
-                torch.save(tensor.clone(), self)
+                # torch calls write and flush, and wants no more of a file
+                torch.save(tensor.clone(), self)  # type: ignore[arg-type]
         except RuntimeError as error:
             # torch tells of a write that failed, not why
             raise self.failure or error from None
@@ -92,7 +94,7 @@ def rank_pieces(
 
 def write_training(
     folder: Path,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
     tensors: Iterable[tuple[ParamSpec, Tensor]],
     tp: int,
     dp: int,
@@ -105,7 +107,7 @@ def write_training(
     """
     with written_aside(folder) as aside:
         files = [_SummedFile(aside / f"__{rank}_0.distcp") for rank in range(tp * dp)]
-        entries: dict[str, TensorStorageMetadata] = {}
+        entries: dict[str, STORAGE_TYPES] = {}
         places: dict[MetadataIndex, _StorageInfo] = {}
         for spec, tensor in tensors:
             key, chunks = WEIGHT_PREFIX + spec.name, []

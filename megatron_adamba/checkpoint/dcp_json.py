@@ -6,13 +6,14 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -71,7 +72,7 @@ class JsonReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
             self._metadata = read_metadata(self.folder)
-        self._metadata.storage_meta.load_id = self.load_id
+        self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return self._metadata
 
     def read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
@@ -90,12 +91,17 @@ class JsonReader(FileSystemReader):
             # there is no telling what damaged bytes make torch raise
             cause = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise CheckpointError(f"{path}: {name} cannot be read ({cause}); use an earlier checkpoint") from None
-        dtype = metadata.state_dict_metadata[name].properties.dtype
+        dtype = tensor_entries(metadata)[name].properties.dtype
         plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.shape != chunk.sizes or tensor.dtype != dtype:
             wanted = f"{dtype} {tuple(chunk.sizes)}"
             raise CheckpointError(f"{path}: {name} is not the {wanted} that {METADATA_FILE} says; use an earlier one")
         return tensor
+
+
+def tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """By name; our checkpoints hold tensors only."""
+    return cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata)
 
 
 def metadata_to_dict(metadata: Metadata, storage: dict[MetadataIndex, _StorageInfo]) -> dict[str, Any]:
@@ -129,7 +135,8 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def _metadata_from_dict(tensors: dict[str, StoredTensor]) -> Metadata:
-    entries, storage, names = {}, {}, {}
+    entries: dict[str, STORAGE_TYPES] = {}
+    storage, names = {}, {}
     for name, entry in tensors.items():
         chunks = []
         for chunk in entry["chunks"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Required
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from megatron_adamba.config.root import StoredConfig
@@ -36,10 +36,10 @@ class Counters(TypedDict, total=False):
     order_start: Count
 
 
+@with_config(ConfigDict(extra="allow"))
 class StoredState(TypedDict, total=False):
     """state.json of a training checkpoint."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
     counters: Counters
     config: StoredConfig
     history: list[JsonObject]
@@ -48,11 +48,11 @@ class StoredState(TypedDict, total=False):
     layout: JsonObject
 
 
+@with_config(ConfigDict(extra="allow"))
 class Index(TypedDict, total=False):
     """model.safetensors.index.json of a canonical checkpoint: tensor -> shard, and, beside what others write, tensor ->
     checksum of its bytes."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
     weight_map: Required[dict[TensorName, FileName]]
     metadata: Any
     crc32: dict[TensorName, Crc32]

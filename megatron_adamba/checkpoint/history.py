@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     return read_json(path, Operations, CheckpointError, "must be a list of operations; restore the file or delete it")
 
 
-def trained_history(checkpoint: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
+def trained_history(checkpoint: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of a training checkpoint, by its `state.json`: the operations before the run, and the run's own training.
 
     Empty for a run that began with random weights. Raises CheckpointError.

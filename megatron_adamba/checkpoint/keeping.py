@@ -34,13 +34,21 @@ def step_of(folder: Path) -> int | None:
 
 def step_folders(root: Path) -> list[Path]:
     """Checkpoints by name, complete or not, oldest first."""
-    found = [path for path in root.glob("step-*") if step_of(path) is not None and path.is_dir()]
-    return sorted(found, key=step_of)
+    return [path for _, path in _by_step(root)]
+
+
+def _by_step(root: Path) -> list[tuple[int, Path]]:
+    found = ((step_of(path), path) for path in root.glob("step-*") if path.is_dir())
+    return sorted(((step, path) for step, path in found if step is not None), key=lambda pair: pair[0])
 
 
 def complete_folders(root: Path) -> list[Path]:
     """Those to which the last file was written, oldest first; what is in them is not looked at."""
-    return [path for path in step_folders(root) if (path / FILES_FILE).is_file()]
+    return [path for path in step_folders(root) if _is_complete(path)]
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / FILES_FILE).is_file()
 
 
 def run_id_of(folder: Path) -> str | None:
@@ -93,16 +101,23 @@ def put_in_place(aside: Path, final: Path, run_id: str | None) -> None:
 
 def prune(root: Path, newest: Path, keep_last: int, run_id: str | None) -> None:
     """Take away checkpoints beyond the last `keep_last` up to `newest`, those alone that this run wrote itself."""
-    if run_id is None:
+    last = step_of(newest)
+    if run_id is None or last is None:
         return
-    own = [path for path in complete_folders(root) if step_of(path) <= step_of(newest) and run_id_of(path) == run_id]
+    complete = [path for step, path in _by_step(root) if step <= last and _is_complete(path)]
+    own = [path for path in complete if run_id_of(path) == run_id]
     for old in own[:-keep_last]:
         remove(old)
 
 
+def complete_before(root: Path, step: int) -> list[Path]:
+    """Complete checkpoints of earlier steps, oldest first."""
+    return [path for at, path in _by_step(root) if at < step and _is_complete(path)]
+
+
 def later_than(root: Path, step: int) -> list[Path]:
     """Checkpoints of later steps, whole or not: those of a branch that a run at `step` went back from."""
-    return [path for path in step_folders(root) if step_of(path) > step]
+    return [path for at, path in _by_step(root) if at > step]
 
 
 def set_aside(paths: Iterable[Path]) -> list[Path]:

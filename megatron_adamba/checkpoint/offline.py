@@ -31,7 +31,7 @@ from megatron_adamba.checkpoint.history import read_history
 from megatron_adamba.checkpoint.shards import DTYPE_CODES, TensorInfo
 from megatron_adamba.checkpoint.training import FILES_FILE, LATEST, STATE_FILE, latest_checkpoint, read_state
 from megatron_adamba.checkpoint.whole_tensors import WholeTensors
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import StoredConfig, model_config_from_dict, read_run_config
 from megatron_adamba.errors import CheckpointError, ConfigError
 
@@ -51,9 +51,9 @@ class OpenCheckpoint:
     folder: Path
     infos: dict[str, TensorInfo]
     read: Callable[[str], Tensor]
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     """of the run, with the model under `model`"""
-    state: dict[str, Any]
+    state: Mapping[str, Any]
     """state.json of a training checkpoint; empty for a canonical one"""
     tensors: WholeTensors | None = None
     """of a training checkpoint"""
@@ -147,7 +147,7 @@ def _read_config(folder: Path) -> StoredConfig:
         raise CheckpointError(str(error)) from None
 
 
-def described_model(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[ParamSpec, ...]]:
+def described_model(checkpoint: OpenCheckpoint) -> tuple[ResolvedModel, tuple[ParamSpec, ...]]:
     """The model that a checkpoint says it holds, and its parameters, those of gates too. Raises CheckpointError."""
     source = str(checkpoint.folder / (STATE_FILE if checkpoint.kind == TRAINING else CONFIG_FILE))
     try:
@@ -159,7 +159,7 @@ def described_model(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[Para
         raise CheckpointError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
 
 
-def check_weights(checkpoint: OpenCheckpoint) -> tuple[ModelConfig, tuple[ParamSpec, ...]]:
+def check_weights(checkpoint: OpenCheckpoint) -> tuple[ResolvedModel, tuple[ParamSpec, ...]]:
     """`described_model`, once names and shapes of all weights agree with it. Raises CheckpointError naming a tensor."""
     model, specs = described_model(checkpoint)
     weights, folder = checkpoint.weights, checkpoint.folder
@@ -199,7 +199,7 @@ def to_training(source: OpenCheckpoint, target: Path, tp: int, dp: int) -> None:
     for name, info in source.weights.items():
         if info.dtype not in _EXACT_IN_FP32:
             raise CheckpointError(f"{source.folder}: {name} is {info.dtype}, which the weights' fp32 does not hold")
-    state = {"counters": START, "config": source.config, "layout": {"tp": tp, "dp": dp}}
-    state["history"] = read_history(source.folder)
+    layout, history = {"tp": tp, "dp": dp}, read_history(source.folder)
+    state = {"counters": START, "config": source.config, "layout": layout, "history": history}
     tensors = ((spec, source.read(WEIGHT_PREFIX + spec.name).to(torch.float32)) for spec in specs)
     write_training(target, state, tensors, tp, dp, carried_files(source.folder))

@@ -87,7 +87,7 @@ class Placement:
 
 def placement(spec: ParamSpec, size: int, rank: int) -> Placement:
     """Of the shard that rank `rank` of `size` tensor-parallel ranks holds."""
-    if spec.unit is None or size == 1:
+    if spec.unit_axis is None or size == 1:
         return Placement(spec.shape, spec.shape)
     return Placement(spec.shape, local_shape(spec, size, rank), spec.unit_axis, owned_runs(spec, size, rank))
 
@@ -115,12 +115,15 @@ class Fragment(torch.Tensor):
 
     def copy_to_host(self) -> Fragment:
         """The same fragment with copies of its pieces in host memory."""
-        copy = torch.Tensor._make_wrapper_subclass(Fragment, tuple(self.shape), dtype=self.dtype, device="cpu")
+        copy = torch.Tensor._make_wrapper_subclass(
+            Fragment, tuple(self.shape), dtype=self.dtype, device=torch.device("cpu")
+        )
         copy.pieces = {offset: piece.detach().to("cpu", copy=True) for offset, piece in self.pieces.items()}
         return copy
 
+    # torch's types have a plain function where it asks for a class method
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         raise TypeError(f"a checkpoint fragment takes no part in {func}")
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
@@ -143,4 +146,4 @@ class Fragment(torch.Tensor):
         return self._chunks()
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[tuple(index.offset)]
+        return self.pieces[tuple(index.offset or ())]

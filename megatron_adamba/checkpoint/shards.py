@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -110,8 +109,8 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(_bytes(tensor))
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_shard(path: Path, infos: Mapping[str, TensorInfo], source: Iterator[tuple[str, Tensor]]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import socket
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_adamba import errors
-from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata
+from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, JsonWriter, read_metadata, tensor_entries
 from megatron_adamba.checkpoint.formats import Files, StoredState
 from megatron_adamba.checkpoint.keeping import (
     FILES_FILE,
@@ -82,9 +82,9 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     ranks' failures by their class among the user's errors, or as RuntimeError.
     """
     failure: BaseException | None = None
-    result = None
+    results: list[T] = []
     try:
-        result = action()
+        results.append(action())
     except OSError as error:
         failure = error if isinstance(error, AdambaError) else as_user_error(error, str(error.filename)) or error
     except Exception as error:
@@ -92,15 +92,16 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     told: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
     mine = None if failure is None else (type(failure).__name__, str(failure), socket.gethostname())
     dist.all_gather_object(told, mine, group=group)
-    failed = [rank for rank, words in enumerate(told) if words is not None]
+    failed = {rank: words for rank, words in enumerate(told) if words is not None}
     if not failed:
-        return result
-    if failure is not None and (failed[0] == 0 or not isinstance(failure, AdambaError)):
+        return results[0]
+    first = min(failed)
+    if failure is not None and (first == 0 or not isinstance(failure, AdambaError)):
         raise failure
-    rank = failed[0] if failure is None else dist.get_rank()
-    name, text, host = told[rank]
+    rank = first if failure is None else dist.get_rank()
+    name, text, host = failed[rank]
     # the first rank's machine is where people look
-    where = f" (on rank {rank}, {host})" if failed[0] else ""
+    where = f" (on rank {rank}, {host})" if first else ""
     raise getattr(errors, name, RuntimeError)(text + where) from failure
 
 
@@ -109,7 +110,7 @@ def from_first_rank(action: Callable[[], T]) -> T:
     fails."""
     box = [together(lambda: action() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return cast(T, box[0])
 
 
 def _publish(
@@ -131,7 +132,7 @@ def _publish(
     write_atomically(root / LATEST, final.name.encode())
 
 
-def _explain(error: CheckpointException) -> Exception:
+def _explain(error: CheckpointException) -> BaseException:
     """The first user's error among the ranks' failures; where there is none, the whole report."""
     found = (failure for failure, _ in error.failures.values() if isinstance(failure, AdambaError))
     return next(found, error)
@@ -239,4 +240,4 @@ def load_fragments(folder: Path, fragments: dict[str, Fragment], alone: bool = F
 
 def held_dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Name -> dtype of all tensors in a checkpoint."""
-    return {name: entry.properties.dtype for name, entry in read_metadata(folder).state_dict_metadata.items()}
+    return {name: entry.properties.dtype for name, entry in tensor_entries(read_metadata(folder)).items()}

@@ -18,6 +18,7 @@ from megatron_adamba.checkpoint.offline import (
     open_checkpoint,
 )
 from megatron_adamba.checkpoint.training import FILES_FILE, read_files, verify_files
+from megatron_adamba.checkpoint.whole_tensors import WholeTensors
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.schema import read_json
 
@@ -36,15 +37,15 @@ def verify(path: Path) -> OpenCheckpoint:
     if kind == TRAINING:
         verify_files(folder)
     checkpoint = open_checkpoint(folder)
-    if kind == TRAINING:
-        _verify_training(checkpoint)
+    if checkpoint.tensors is not None:
+        _verify_training(checkpoint, checkpoint.tensors)
     else:
         _verify_canonical(checkpoint)
     return checkpoint
 
 
-def _verify_training(checkpoint: OpenCheckpoint) -> None:
-    folder, tensors = checkpoint.folder, checkpoint.tensors
+def _verify_training(checkpoint: OpenCheckpoint, tensors: WholeTensors) -> None:
+    folder = checkpoint.folder
     listed = read_files(folder)
     if unlisted := [file for file in tensors.files if file not in listed]:
         raise CheckpointError(f"{folder / FILES_FILE}: has no checksum of {unlisted[0]}, which {METADATA_FILE} names")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader
+from megatron_adamba.checkpoint.dcp_json import METADATA_FILE, JsonReader, tensor_entries
 from megatron_adamba.checkpoint.shards import TensorInfo
 from megatron_adamba.errors import CheckpointError
 
@@ -26,7 +26,7 @@ class WholeTensors:
     def __init__(self, folder: Path) -> None:
         self.folder, self.reader = folder, JsonReader(folder)
         metadata = self.reader.read_metadata()
-        self.entries = metadata.state_dict_metadata
+        self.entries = tensor_entries(metadata)
         self.infos = {
             name: TensorInfo(tuple(entry.size), entry.properties.dtype) for name, entry in self.entries.items()
         }

@@ -112,7 +112,8 @@ class AdambaLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Long texts in the harness's own windows: each token once, those of the last window behind a full context."""
-        windows, owners = [], []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        owners: list[int] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             rolled = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
@@ -162,7 +163,8 @@ class AdambaLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Sampled texts of equal requests (`repeats`) differ; the same seed gives the same texts."""
-        told, seen = [], Counter()
+        told: list[GenerationRequest] = []
+        seen: Counter[str] = Counter()
         for request in requests:
             context, settings = request.args
             key = repr((self.seed, context, sorted(settings.items(), key=str)))

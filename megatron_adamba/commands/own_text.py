@@ -90,7 +90,7 @@ def finish(run: OwnRun, prog: str) -> None:
     from megatron_adamba.inference.load import load_model
 
     folder, model = run.folder, str(run.folder / "model")
-    held_out = parse_arguments(run.words).config.data.validation[0]
+    held_out = str(parse_arguments(run.words).config.data.validation[0])
     written = ["--json", str(folder / "eval.json"), "--plot", str(folder / "pareto.png")]
     evaluate.COMMAND.main(["--model", model, "--data", held_out, "--max-tokens", "100000", *written], prog)
     curves = ["--metrics", str(folder / "metrics.jsonl"), "--output", str(folder / "curves.png")]
@@ -205,7 +205,8 @@ def _seconds_per_step(recipe: Recipe, preset: Sequence[str], rest: Sequence[str]
     with tempfile.TemporaryDirectory() as scratch:
         settings = Path(scratch, SETTINGS)
         settings.write_text(recipe.as_yaml())
-        short = {"train.steps": TIMED_STEPS, "train.eval_interval": 0, "checkpoint.interval": 0, "logging.interval": 1}
+        short: dict[str, str | int] = {"train.steps": TIMED_STEPS, "train.eval_interval": 0}
+        short |= {"checkpoint.interval": 0, "logging.interval": 1}
         short |= {"optimizer.warmup_steps": 1, "logging.run_dir": f"{scratch}/run", "checkpoint.resume": "never"}
         short |= {"logging.tensorboard": "false", "logging.wandb_project": "null", "data.validation": "[]"}
         command = [sys.executable, "-m", "megatron_adamba", "train", *preset, "--config", str(settings), *rest]

@@ -49,7 +49,7 @@ def evaluate_policies(args: Namespace) -> None:
     print_policies(console, rows, f"{scored:,} scored tokens of {len(items):,} pieces")
     if gaps := over_widths(rows):
         unit = "nats per token" if num_bytes is None else "bits per byte"
-        low, high = (pick(gaps, key=gaps.get) for pick in (min, max))
+        low, high = min(gaps, key=gaps.__getitem__), max(gaps, key=gaps.__getitem__)
         console.print(
             f"against the curve of the fixed widths, in {unit}: {gaps[low]:+.4f} ({low}) to {gaps[high]:+.4f} ({high})"
         )

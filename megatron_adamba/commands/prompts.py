@@ -32,7 +32,8 @@ def generate_prompt(loaded: LoadedModel, args: Namespace, mode: Mode, sampling: 
     prompt = clean_text(args.prompt)
     request = _request(loaded, args, mode, sampling, prompt)
     generation = Generation(loaded, 1, len(request.prompt) + request.max_new_tokens)
-    start, news, text = time.perf_counter(), [], prompt
+    start, text = time.perf_counter(), prompt
+    news: list[NewToken] = []
     for new in _one(generation, request):
         print(new.text if news else prompt + new.text, end="", flush=True)
         text += new.text
@@ -57,7 +58,8 @@ def generate_file(loaded: LoadedModel, args: Namespace, mode: Mode, sampling: Sa
     requests = [_request(loaded, args, mode, sampling, prompt) for prompt in prompts]
     longest = max(len(request.prompt) for request in requests) + args.max_new_tokens
     generation = Generation(loaded, min(args.batch_size, len(requests)), longest)
-    texts, exits, waiting = [""] * len(prompts), [[] for _ in prompts], list(range(len(prompts)))
+    texts, waiting = [""] * len(prompts), list(range(len(prompts)))
+    exits: list[list[int]] = [[] for _ in prompts]
     places: dict[int, int] = {}
     start = time.perf_counter()
     while waiting or generation.running:

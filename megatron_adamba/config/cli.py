@@ -98,8 +98,8 @@ def build_parser(prog: str) -> CommandParser:
     parser.add_argument("--resume", type=str, help="short for --checkpoint.resume")
     parser.add_argument("--print_config", action="store_true", help="show each value and where it came from, and stop")
     parser.add_argument("--summary", action="store_true", help="with --print_config: parameters and FLOPs per width")
-    for section in dataclasses.fields(AdambaConfig):
-        parser.add_class_arguments(section.default_factory, section.name)
+    for name, section in get_type_hints(AdambaConfig).items():
+        parser.add_class_arguments(section, name)
     return parser
 
 
@@ -168,19 +168,19 @@ def _merge(parser: ArgumentParser, layers: list[tuple[str, dict]], given: Namesp
 
 def _known_keys() -> list[str]:
     keys = []
-    for section in dataclasses.fields(AdambaConfig):
-        keys += [f"{section.name}.{entry.name}" for entry in dataclasses.fields(section.default_factory)]
+    for name, section in get_type_hints(AdambaConfig).items():
+        keys += [f"{name}.{entry.name}" for entry in dataclasses.fields(section)]
     return keys
 
 
 def _list_keys() -> list[str]:
     """Keys that take a list and no bare text."""
     keys = []
-    for section in dataclasses.fields(AdambaConfig):
-        for name, hint in get_type_hints(section.default_factory).items():
+    for section, kind in get_type_hints(AdambaConfig).items():
+        for name, hint in get_type_hints(kind).items():
             kinds = [get_origin(kind) or kind for kind in (get_args(hint) if type(None) in get_args(hint) else (hint,))]
             if list in kinds and str not in kinds:
-                keys.append(f"{section.name}.{name}")
+                keys.append(f"{section}.{name}")
     return keys
 
 
@@ -319,16 +319,16 @@ def _flatten(namespace: Namespace) -> dict[str, Any]:
 
 def _instantiate(values: dict[str, Any]) -> AdambaConfig:
     sections = {}
-    for section in dataclasses.fields(AdambaConfig):
-        prefix = section.name + "."
+    for section, kind in get_type_hints(AdambaConfig).items():
+        prefix = section + "."
         fields = {key.removeprefix(prefix): _plain(value) for key, value in values.items() if key.startswith(prefix)}
-        if section.name == "model" and fields.get("nest") is not None:
+        if section == "model" and fields.get("nest") is not None:
             fields["nest"] = [row if isinstance(row, NestRow) else NestRow(**row) for row in fields["nest"]]
-        if section.name == "data":
+        if section == "data":
             # the weights of a blend are numbers to the parser and words to whoever reads the list
             for key in ("train", "validation"):
                 fields[key] = [str(item) for item in fields[key]]
-        sections[section.name] = section.default_factory(**fields)
+        sections[section] = kind(**fields)
     return AdambaConfig(**sections)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Required
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from megatron_adamba.config.model import ModelConfig
@@ -56,17 +56,17 @@ class AdambaConfig:
         return dataclasses.asdict(self)
 
 
+@with_config(ConfigDict(extra="allow"))
 class StoredData(TypedDict, total=False):
     """The data section of a checkpoint's config.json, as far as others than the run look at it."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
     tokenizer: str | None
 
 
+@with_config(ConfigDict(extra="allow"))
 class StoredConfig(TypedDict, total=False):
     """`config.json` of a checkpoint: the sections of the run, the model's among them."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
     model: Required[JsonObject]
     data: StoredData
     train: JsonObject

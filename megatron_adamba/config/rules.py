@@ -7,8 +7,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from megatron_adamba.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LONGEST_NAME = 200
 """bytes, so that what is added while it is written fits too"""
@@ -46,7 +50,7 @@ def _shown(example: float | None, otherwise: float) -> str:
     return f"{otherwise if example is None else example}"
 
 
-def usual(section: object, name: str) -> object:
+def usual(section: DataclassInstance, name: str) -> float | None:
     """What a field of a section holds where nothing is said: a value that works; None where that is none."""
     found = next(entry for entry in fields(section) if entry.name == name)
     return None if found.default is MISSING else found.default

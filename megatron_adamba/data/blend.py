@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,14 +25,17 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-class BlendedDataset:
+Source = TypeVar("Source", bound=SampleSource)
+
+
+class BlendedDataset(Generic[Source]):
     """Endless samples of several datasets: each sample comes from the one that lags furthest behind its weight.
 
     Weights are rounded to 1/2^20. The pattern is then exact in integers, repeats after 2^20 samples, and needs no
     more memory or time for late samples than for early ones; it does not depend on the length of the run.
     """
 
-    def __init__(self, datasets: Sequence[SampleSource], weights: Sequence[float]) -> None:
+    def __init__(self, datasets: Sequence[Source], weights: Sequence[float]) -> None:
         """Args: weights: one positive, finite number per dataset, of any sum. Raises ConfigError."""
         if not datasets or len(datasets) != len(weights):
             raise ConfigError(f"a blend of {len(datasets)} datasets needs as many weights, not {len(weights)}")
@@ -146,7 +149,7 @@ def build_dataset(
     tokenizer: Tokenizer | None,
     shuffle: bool = True,
     flag: str = "--data.train",
-) -> PackedDataset | BlendedDataset:
+) -> PackedDataset | BlendedDataset[PackedDataset]:
     """The samples that `data_paths` (see `parse_data_paths`) name.
 
     Without a tokenizer the end-of-document id comes from the datasets' sidecars.

@@ -13,9 +13,12 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from megatron_adamba.errors import DataError
+
+if TYPE_CHECKING:
+    import zstandard
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst", ".bz2")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson", ".jl")
@@ -33,6 +36,7 @@ BYTE_ORDER_MARKS = (
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 Documents = Iterator[tuple[str, str]]
+Content = io.BufferedReader | gzip.GzipFile | lzma.LZMAFile | bz2.BZ2File
 
 
 class LeftOut(Counter[str]):
@@ -87,7 +91,7 @@ def read_documents(name: str, path: Path, key: str, left_out: LeftOut) -> Docume
         raise DataError(f"--input {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def open_content(path: Path) -> BinaryIO:
+def open_content(path: Path) -> Content:
     """A stream of what is in a file, unpacked where its first bytes say that it is compressed. Raises OSError."""
     with open(path, "rb") as stream:
         start = stream.read(10)
@@ -112,7 +116,7 @@ class _Zstd(io.RawIOBase):
         self._failure = zstandard.ZstdError
         self._unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._stream = open(path, "rb")  # noqa: SIM115 (closed with this one)
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._packed = self._ready = b""
 
     def readable(self) -> bool:
@@ -136,13 +140,13 @@ class _Zstd(io.RawIOBase):
             if self._frame is not None:
                 raise OSError("zstd: it ends in the middle of a frame")
             return False
-        self._frame = self._frame or self._unpacker.decompressobj()
+        frame = self._frame or self._unpacker.decompressobj()
         try:
-            self._ready = self._frame.decompress(self._packed)
+            self._ready = frame.decompress(self._packed)
         except self._failure as error:
             raise OSError(f"zstd: {error}") from None
-        self._packed = self._frame.unused_data if self._frame.eof else b""
-        self._frame = None if self._frame.eof else self._frame
+        self._packed = frame.unused_data if frame.eof else b""
+        self._frame = None if frame.eof else frame
         return True
 
 
@@ -152,7 +156,7 @@ def plain_suffix(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
 
 
-def _kind(name: str, stream: BinaryIO, key: str) -> str:
+def _kind(name: str, stream: Content, key: str) -> str:
     """lines | json | text | json or text, by a file's ending where that leaves no doubt, else by what is in it."""
     suffix, head = plain_suffix(name), stream.read(HEAD)
     encoding, mark = _encoding(head)
@@ -234,14 +238,13 @@ def _json_lines(name: str, path: Path, key: str) -> Documents:
         encoding, mark = _encoding(stream.read(4))
     with open_content(path) as stream:
         stream.read(mark)
-        if encoding != "utf-8":
-            stream = _recoded(stream, encoding, path)
-        for number, line in enumerate(stream, start=1):
+        lines = stream if encoding == "utf-8" else _recoded(stream, encoding, path)
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield f"{name}:{number}", _text_of(_record(path, number, line, key), f"{path} line {number}", key)
 
 
-def _recoded(stream: BinaryIO, encoding: str, path: Path) -> Iterator[bytes]:
+def _recoded(stream: Content, encoding: str, path: Path) -> Iterator[bytes]:
     try:
         for line in io.TextIOWrapper(stream, encoding, newline="\n"):
             yield line.encode("utf-8", errors="replace")

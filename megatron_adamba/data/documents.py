@@ -34,5 +34,5 @@ def prompt_spans(
 
 
 def _prompt_length(ids: np.ndarray, prompt_end: int | None) -> int:
-    marked = np.flatnonzero(ids == prompt_end) if prompt_end is not None else ()
-    return int(marked[0]) + 1 if len(marked) else ids.size // 2
+    marked = np.flatnonzero(ids == prompt_end) if prompt_end is not None else ids[:0]
+    return int(marked[0]) + 1 if marked.size else ids.size // 2

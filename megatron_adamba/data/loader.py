@@ -8,26 +8,56 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
+from typing_extensions import TypedDict
 
 from megatron_adamba.data.blend import SampleSource
 from megatron_adamba.data.packed import Sample
 
-MicroBatch = dict[str, torch.Tensor | bool]
-"""int64 `tokens` and `labels`, int32 `seq_idx`, each [batch, seq] on the CPU, and the bool `packed`: whether any row
-holds more than one document (known on the host, so that nothing waits for a device)."""
+
+class MicroBatch(TypedDict):
+    """Tensors [batch, seq] on the CPU."""
+
+    tokens: Tensor
+    """int64, as labels"""
+    labels: Tensor
+    seq_idx: Tensor
+    """int32"""
+    packed: bool
+    """whether any row holds more than one document (known on the host, so that nothing waits for a device)"""
+
+
+class ModelInputs(TypedDict):
+    """Of a micro-batch, on the device."""
+
+    tokens: Tensor
+    labels: Tensor
+    seq_idx: Tensor | None
+    """None where no row holds more than one document"""
+
+
+def model_inputs(batch: MicroBatch, device: torch.device) -> ModelInputs:
+    """Nothing waits for the copies."""
+    move = lambda tensor: tensor.to(device, non_blocking=True)
+    seq_idx = move(batch["seq_idx"]) if batch["packed"] else None
+    return {"tokens": move(batch["tokens"]), "labels": move(batch["labels"]), "seq_idx": seq_idx}
 
 
 def to_micro_batch(batch: Sample) -> MicroBatch:
     """Tensors of a sample whose arrays have a leading batch dimension, as `EvaluationBatches` yields them."""
-    tensors: MicroBatch = {name: torch.from_numpy(values) for name, values in batch.items()}
-    tensors["packed"] = bool(batch["seq_idx"].any())
-    return tensors
+    tokens, labels, seq_idx = (torch.from_numpy(batch[name]) for name in ("tokens", "labels", "seq_idx"))
+    return {"tokens": tokens, "labels": labels, "seq_idx": seq_idx, "packed": bool(batch["seq_idx"].any())}
 
 
 def load_micro_batch(dataset: SampleSource, first_sample: int, micro_batch_size: int) -> MicroBatch:
     """Samples first_sample to first_sample + micro_batch_size - 1 of `dataset`."""
     rows = [dataset[first_sample + place] for place in range(micro_batch_size)]
     return to_micro_batch({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    tokens, labels, seq_idx = (tensor.pin_memory() for tensor in (batch["tokens"], batch["labels"], batch["seq_idx"]))
+    return {"tokens": tokens, "labels": labels, "seq_idx": seq_idx, "packed": batch["packed"]}
 
 
 class MicroBatchLoader:
@@ -99,10 +129,7 @@ class MicroBatchLoader:
             while not self._closing.is_set() and (stop is None or number < stop):
                 batch = load_micro_batch(self._dataset, self._first_sample_of(number), self._micro_batch_size)
                 if self._pin_memory:
-                    batch = {
-                        name: value.pin_memory() if isinstance(value, torch.Tensor) else value
-                        for name, value in batch.items()
-                    }
+                    batch = _pinned(batch)
                 self._queue.put(batch)
                 number += 1
             last: BaseException = StopIteration()

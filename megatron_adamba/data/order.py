@@ -16,14 +16,15 @@ _WHOLE, _BLOCKS = 1 << 28, 4096
 """bytes up to which a file is read whole; of a larger one so many blocks that make up as much"""
 
 
-def data_order(dataset: PackedDataset | BlendedDataset) -> dict[str, Any]:
+def data_order(dataset: PackedDataset | BlendedDataset[PackedDataset]) -> dict[str, Any]:
     """JSON values; two datasets with the same ones give the same samples in the same order.
 
     Documents are told by a SHA-256 over the index and the tokens; of files above 256 MiB over blocks spread evenly.
     """
-    blend = isinstance(dataset, BlendedDataset)
-    parts = dataset.datasets if blend else [dataset]
-    units = dataset.units if blend else [1]
+    if isinstance(dataset, BlendedDataset):
+        parts, units = dataset.datasets, dataset.units
+    else:
+        parts, units = [dataset], [1]
     first = parts[0]
     return {
         "seed": first.seed,

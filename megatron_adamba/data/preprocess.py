@@ -262,7 +262,9 @@ def _in_main_thread() -> bool:
 
 def _end_with_parent() -> None:
     """A parent that was killed sends nothing more and ends nobody."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

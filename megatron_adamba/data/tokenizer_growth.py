@@ -27,7 +27,7 @@ def _of(step: Any) -> float:
     # a Sequence holds a list of steps, under a name that depends on their kind
     inner = [part for held in step.values() if isinstance(held, list) for part in held]
     own = {"Replace": _replace, "Prepend": _prepend, "Precompiled": _precompiled, "ByteLevel": _byte_level}
-    measure = own.get(step.get("type"))
+    measure = own.get(str(step.get("type")))
     return (measure(step) if measure else 1) * math.prod(map(_of, inner), start=1.0)
 
 

@@ -47,8 +47,9 @@ class HuggingFaceTokenizer:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, name: str, eod_token: str, content: bytes) -> None:
         self.name = name
-        self.eod_id: int = tokenizer.token_to_id(eod_token)
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.eod_id = vocabulary[eod_token]
+        self.vocab_size = max(vocabulary.values()) + 1
         self._tokenizer = keep_vocabulary_alone(tokenizer, eod_token)
         self._content = content
         self._chosen = eod_token if eod_token != _usual_eod_token(tokenizer) else None

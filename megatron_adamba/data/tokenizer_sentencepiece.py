@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_adamba.config.root import TOKENIZER_NOTE
 from megatron_adamba.data.tokenizer_options import (
@@ -25,7 +25,6 @@ from megatron_adamba.schema import read_regular
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 CARRIED_NAME = "tokenizer.model"
 SPACE_MARK = "\u2581"
@@ -112,10 +111,11 @@ class SentencePieceTokenizer:
             raise TokenizerError(f"a token id is not in {self.name}: ids go from 0 to {self.vocab_size - 1}") from None
 
 
-def _read_model(content: bytes) -> ModelProto:
-    """The serialized model, once what the library takes without a look has been looked at. Raises ValueError."""
+def _read_model(content: bytes) -> Any:
+    """The serialized model, a ModelProto, once what the library takes without a look has been looked at. Raises
+    ValueError."""
     from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made when imported
 
     model = ModelProto()
     try:

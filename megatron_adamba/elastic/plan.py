@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_adamba.blueprint.nest import largest_widths
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ class ElasticPlan:
         return width if self.exit_layer == len(self.widths) else f"{width}@{self.exit_layer}"
 
 
-def uniform_plan(config: ModelConfig, width: int, exit_layer: int | None = None) -> ElasticPlan:
+def uniform_plan(config: ResolvedModel, width: int, exit_layer: int | None = None) -> ElasticPlan:
     """The same width in every block. Raises ConfigError for a width that is not in the nest."""
     widths = [row.width for row in config.nest]
     if width not in widths:
@@ -69,6 +69,6 @@ def uniform_plan(config: ModelConfig, width: int, exit_layer: int | None = None)
     return ElasticPlan((width,) * config.num_layers, config.num_layers if exit_layer is None else exit_layer)
 
 
-def full_plan(config: ModelConfig) -> ElasticPlan:
+def full_plan(config: ResolvedModel) -> ElasticPlan:
     """Every block at its own largest width, to the last block."""
     return ElasticPlan(tuple(largest_widths(config)), config.num_layers)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_adamba.blueprint.phases import PHASES_WITH_EXITS
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.sections import ElasticConfig
 from megatron_adamba.elastic.plan import ElasticPlan, MixedExits, full_plan, uniform_plan
 from megatron_adamba.errors import ConfigError
@@ -30,13 +30,12 @@ def earliest_exit(num_layers: int) -> int:
 class PlanSampler:
     """Draws the plans of each step. Holds no state that moves."""
 
-    def __init__(self, model: ModelConfig, elastic: ElasticConfig, seed: int, phase: int | None = None) -> None:
+    def __init__(self, model: ResolvedModel, elastic: ElasticConfig, seed: int, phase: int | None = None) -> None:
         """phase: `--train.phase`. Raises ConfigError where exits are asked for that the model does not have."""
         self.model, self.elastic, self.seed = model, elastic, seed
         self.widths = [row.width for row in model.nest]
-        self.exit_fraction = elastic.exit_fraction
-        if self.exit_fraction is None:
-            self.exit_fraction = DEFAULT_EXIT_FRACTION if phase in PHASES_WITH_EXITS and model.num_layers > 1 else 0.0
+        usual = DEFAULT_EXIT_FRACTION if phase in PHASES_WITH_EXITS and model.num_layers > 1 else 0.0
+        self.exit_fraction = usual if elastic.exit_fraction is None else elastic.exit_fraction
         self.min_exit_layer = elastic.min_exit_layer or earliest_exit(model.num_layers)
         if self.exit_fraction and not 1 <= self.min_exit_layer < model.num_layers:
             raise ConfigError(

@@ -7,6 +7,7 @@ words.
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib
 import json
@@ -175,7 +176,8 @@ def _mirrored(model: type[BaseModel]) -> type[BaseModel]:
     """The same fields under the names that files use, without the leniency of DeepSpeed's constructor."""
     fields = {}
     for name, field in model.model_fields.items():
-        if (field.json_schema_extra or {}).get("deprecated"):
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("deprecated"):
             continue
         kind = _strict(field.annotation)
         for mark in field.metadata:
@@ -191,7 +193,7 @@ def _strict(kind: Any) -> Any:
     """A kind whose parts that are DeepSpeed's models are mirrored, and whose choices are given by value."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return _mirrored(kind)
-    if isinstance(kind, type) and hasattr(kind, "__members__"):
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
         values = [member.value for member in kind]
         if all(isinstance(value, int) for value in values):
             # a Literal would take true for 1

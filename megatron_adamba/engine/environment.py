@@ -207,8 +207,9 @@ def _port_of_job(env: Mapping[str, str]) -> int:
 
 def first_host(node_list: str) -> str:
     """First name of a SLURM node list: `node[03-07,12]` gives node03, `rack[1-2]n[1,4]-ib` rack1n1-ib."""
-    first = re.match(r"(?:\[[^]]*\]|[^,\[])*", node_list)[0]
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first)
+    first = re.match(r"(?:\[[^]]*\]|[^,\[])*", node_list)
+    assert first is not None  # it matches nothing at all, too
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first[0])
 
 
 def _free_port() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from torch import nn
 
 from megatron_adamba.blueprint.manifest import ParamSpec
+from megatron_adamba.engine.markers import mark
 from megatron_adamba.layers.moe.layer import MoE
 from megatron_adamba.parallel.topology import Topology
 
@@ -30,7 +32,7 @@ def moe_layer_for(topology: Topology, experts_train: bool) -> type[MoE]:
     """
     if not experts_apart(topology) or not experts_train:
         return MoE
-    marker = importlib.import_module("deepspeed.module_inject.auto_ep_layer").AutoEPMoELayer
+    marker: Any = importlib.import_module("deepspeed.module_inject.auto_ep_layer").AutoEPMoELayer
 
     class MarkedMoE(MoE, marker):
         """Our layer under DeepSpeed's class; what that class would set up is set up already."""
@@ -63,10 +65,13 @@ def mark_expert_parameters(module: nn.Module, specs: tuple[ParamSpec, ...], topo
 
 def mark_expert(parameter: nn.Parameter, topology: Topology) -> None:
     name = expert_group_name(topology)
-    parameter.allreduce = False
-    parameter.group_name = name
-    parameter.ds_zero_placement_family = "autoep_expert"
-    parameter.ds_zero_partition_group_name = name
-    parameter.ds_zero_partition_process_group = topology.group("edp")
+    mark(
+        parameter,
+        allreduce=False,
+        group_name=name,
+        ds_zero_placement_family="autoep_expert",
+        ds_zero_partition_group_name=name,
+        ds_zero_partition_process_group=topology.group("edp"),
+    )
     if topology.size("tp") > 1:
-        parameter.tensor_model_parallel = True
+        mark(parameter, tensor_model_parallel=True)

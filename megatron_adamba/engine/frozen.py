@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,10 @@ from megatron_adamba.parallel.topology import Topology
 def frozen_piece(parameter: nn.Parameter) -> tuple[Tensor, int]:
     """This rank's elements, flat, and the first one's place; all of them where ZeRO 3 does not partition."""
     if hasattr(parameter, "ds_tensor"):
-        flat = parameter.ds_tensor.detach().view(-1)
-        start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
-        return flat[: max(0, parameter.ds_numel - start)], start
+        held: Any = parameter
+        flat = held.ds_tensor.detach().view(-1)
+        start = held.ds_tensor.numel() * dist.get_rank(held.ds_process_group)
+        return flat[: max(0, held.ds_numel - start)], start
     return parameter.detach().view(-1), 0
 
 

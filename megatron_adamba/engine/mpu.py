@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_adamba.blueprint.manifest import ParamSpec
+from megatron_adamba.engine.markers import mark
 from megatron_adamba.parallel.topology import Topology
 
 
@@ -58,4 +59,4 @@ def mark_sharded_parameters(module: nn.Module, specs: tuple[ParamSpec, ...]) -> 
     parameters = dict(module.named_parameters())
     for spec in specs:
         if spec.unit not in (None, "expert"):
-            parameters[spec.name].tensor_model_parallel = True
+            mark(parameters[spec.name], tensor_model_parallel=True)

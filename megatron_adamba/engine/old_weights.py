@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_adamba.blueprint.growth import AxisGrowth, before_expansion, growth_of
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.engine.session import TrainingSession
 from megatron_adamba.engine.state import trained_piece
 
 
-def slow_old_weights(session: TrainingSession, config: ModelConfig, factor: float) -> None:
+def slow_old_weights(session: TrainingSession, config: ResolvedModel, factor: float) -> None:
     """Every update of an old weight counts `factor` from now on, element by element, as one matrix holds both kinds.
 
     config: resolved, of a model that was made wider. Memory: one byte an element that this rank's optimizer holds, and

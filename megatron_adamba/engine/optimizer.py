@@ -168,7 +168,7 @@ class ElasticOptimizer(torch.optim.AdamW):
         if len(params) == len(specs) and all(p.shape == s.shape for p, s in zip(params, specs)):
             for p in params:
                 if p.grad is not None:
-                    _apply(p, orthogonalize(self._momentum(p), self.ns_dtype), group)
+                    _apply(p, orthogonalize(self._momentum(p, p.grad), self.ns_dtype), group)
             return
         if not specs:
             # a pipeline stage without any of these matrices
@@ -176,15 +176,15 @@ class ElasticOptimizer(torch.optim.AdamW):
         (flat,) = params
         if flat.grad is None:
             return
-        _apply(flat, self._orthogonal_slice(self._momentum(flat), specs), group)
+        _apply(flat, self._orthogonal_slice(self._momentum(flat, flat.grad), specs), group)
 
-    def _momentum(self, p: Tensor) -> Tensor:
+    def _momentum(self, p: Tensor, grad: Tensor) -> Tensor:
         """Nesterov momentum; the sum of past gradients is the state `exp_avg`."""
         state = self.state[p]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(p)
-        average = state["exp_avg"].lerp_(p.grad, 1 - self.muon_momentum)
-        return p.grad.lerp(average, self.muon_momentum)
+        average = state["exp_avg"].lerp_(grad, 1 - self.muon_momentum)
+        return grad.lerp(average, self.muon_momentum)
 
     def _orthogonal_slice(self, update: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
         size = update.numel()

@@ -20,6 +20,7 @@ from megatron_adamba.config.sections import OptimizerConfig
 from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.engine.experts import mark_expert
 from megatron_adamba.engine.gradients import gradient_tensors
+from megatron_adamba.engine.markers import mark
 from megatron_adamba.engine.optimizer import parameter_groups
 from megatron_adamba.engine.session import MicroStep, StepReport, StepResult, TrainingSession
 from megatron_adamba.layers.moe.statistics import RouterStatistics
@@ -99,7 +100,7 @@ class ChunkRunner:
         return _Carry.apply(out, own, 1 / len(self.micro_steps), *self.idle)
 
 
-class _StagesMixin:
+class _StagesMixin(nn.Module):
     """What our pipeline modules add to DeepSpeed's: the model below one name, and weights that two stages hold."""
 
     def hold(
@@ -113,9 +114,9 @@ class _StagesMixin:
         self.tied_group, self.before_step = tied_group, before_step
         for parameter in self.parameters():
             # read by DeepSpeed's gradient norm, which counts a weight that two stages hold once
-            parameter.ds_pipe_replicated = False
+            mark(parameter, ds_pipe_replicated=False)
         if tied_group is not None and not any(chunk.embedding for chunk in model.chunks):
-            model.embedding.weight.ds_pipe_replicated = True
+            mark(model.embedding.weight, ds_pipe_replicated=True)
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
         if self.tied_group is None or not self.model.embedding.weight.requires_grad:
@@ -131,8 +132,10 @@ def _deepspeeds(name: str) -> Any:
 def _classes(folded: bool) -> tuple[type, type]:
     """Module and engine: one chunk to a rank, or folded, two to a rank, one from each end."""
     schedule, plain = _deepspeeds("pipe.schedule"), _deepspeeds("pipe.engine").PipelineEngine
-    module = _deepspeeds("pipe.dualpipev").DualPipeVModule if folded else _deepspeeds("pipe.module").PipelineModule
-    base = _deepspeeds("pipe.dualpipev").DualPipeVEngine if folded else plain
+    module: Any = _deepspeeds("pipe.module").PipelineModule
+    base: Any = plain
+    if folded:
+        module, base = _deepspeeds("pipe.dualpipev").DualPipeVModule, _deepspeeds("pipe.dualpipev").DualPipeVEngine
 
     class Stages(_StagesMixin, module):
         """This rank's chunks."""
@@ -190,7 +193,7 @@ class PipelineSession(TrainingSession):
 
     def _parameter_groups(self, model: AdambaModel, optimizer: OptimizerConfig, apart: str | None) -> list[dict]:
         """On every stage the same number, or DeepSpeed's stages wait for each other for good."""
-        groups = parameter_groups(model, self.specs, optimizer, apart, self._elsewhere, self._fillers)
+        groups = parameter_groups(model, self.specs, optimizer, apart, self._elsewhere, list(self._fillers))
         used = {id(parameter): group["moe"] for group in groups for parameter in group["params"]}
         for filler in self._fillers[:-1]:
             filler.requires_grad_(id(filler) in used)
@@ -201,7 +204,7 @@ class PipelineSession(TrainingSession):
 
     def _tied_group(self, model: AdambaModel) -> dist.ProcessGroup | None:
         """First and last stage, where these are two and both hold the embedding."""
-        tied = model.config.tie_embeddings and model.embedding is not None
+        tied = model.config.tie_embeddings and model.holds("embedding.weight")
         return self.topology.group(ENDS) if tied and self.stages.loss_rank > 0 else None
 
     @property
@@ -240,11 +243,13 @@ class PipelineSession(TrainingSession):
         """The chunks one after the other; every rank gets the losses."""
         model, group, rank = self.module, self.topology.group("pp"), self.topology.place("pp")
         context = model.training_context(tokens, seq_idx)
-        x = out = None
+        x: Tensor | None = None
+        out: Tensor | None = None
         for number, chunk in enumerate(self.stages.chunks):
             owner = self.stages.owner_of(number)
             before = self.stages.owner_of(number - 1) if number else owner
             if rank == before != owner:
+                assert x is not None
                 dist.send(x.contiguous(), group=group, group_dst=owner)
             if rank != owner:
                 continue

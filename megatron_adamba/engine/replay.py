@@ -71,12 +71,12 @@ def _execute(
     """Whether the command could be carried out now."""
     chunk = rank.stages.numbers_of(rank.number)[command.kwargs.get("phase", 0)]
     # a message's name: what it is, the chunk that sends it, and how many came before
-    name = {
+    names = {
         "SendActivation": ("activation", chunk),
         "RecvActivation": ("activation", chunk - 1),
         "SendGrad": ("gradient", chunk),
         "RecvGrad": ("gradient", chunk + 1),
-    }.get(command.name)
+    }
     at_once = rank.stages.schedule == "1f1b"
     if command.name == "ForwardPass":
         _work(rank, forward[chunk])
@@ -87,13 +87,13 @@ def _execute(
         _work(rank, backward[chunk])
         rank.in_flight[chunk] -= 1
     elif command.name in ("SendActivation", "SendGrad"):
-        key = (*name, _count(rank, command, chunk))
+        key = (*names[command.name], _count(rank, command, chunk))
         if at_once:
             sent[key] = rank.clock
         else:
             rank.queued_sends.append(key)
     elif command.name in ("RecvActivation", "RecvGrad"):
-        key = (*name, rank.counts[command.name, chunk])
+        key = (*names[command.name], rank.counts[command.name, chunk])
         if at_once and key not in sent:
             return False
         _count(rank, command, chunk)

@@ -110,7 +110,7 @@ class TrainingSession:
         self.frozen.settle(self.module)
         self.micro_steps = ds_config["gradient_accumulation_steps"]
         self._done = 0
-        self._losses_finite = True
+        self._losses_finite: bool | Tensor = True
         self._may_update: Callable[[], bool] = lambda: True
 
     def ask_before_update(self, may_update: Callable[[], bool]) -> None:
@@ -134,7 +134,8 @@ class TrainingSession:
 
     def train_step(self, micro_steps: Iterable[MicroStep]) -> StepReport:
         """All micro-batches of a step, as many as the engine accumulates, and the optimizer's step."""
-        losses, loads, kept = [], {}, []
+        losses, kept = [], []
+        loads: dict[int, Tensor] = {}
         for one in micro_steps:
             statistics, taps = RouterStatistics(), None
             if one.taps is not None:

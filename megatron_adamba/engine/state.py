@@ -178,7 +178,7 @@ def _make_optimizer_state(session: TrainingSession) -> None:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
 
-def trained_piece(session: TrainingSession, parameter: nn.Parameter) -> Piece | None:
+def trained_piece(session: TrainingSession, parameter: Any) -> Piece | None:
     """Where the optimizer steps a trainable parameter; None where this rank holds nothing of it."""
     optimizer = session.engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -223,6 +223,6 @@ def _refresh_low_precision(session: TrainingSession) -> None:
             parameter.all_gather([parameter])
 
 
-def _persistent(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
-    """Parameters that ZeRO 3 keeps whole: their gathered copy has to follow."""
+def _persistent(parameters: Iterator[nn.Parameter]) -> list[Any]:
+    """Parameters, with what DeepSpeed adds to them, that ZeRO 3 keeps whole: their gathered copy has to follow."""
     return [parameter for parameter in parameters if getattr(parameter, "ds_persist", False)]

@@ -96,7 +96,7 @@ def curves_figure(records: Sequence[dict[str, Any]]) -> Figure:
     """The loss above, and below it three figures of a series each, named over it."""
     steps = [record for record in records if "loss" in record]
     figure = Figure(figsize=(INCHES, INCHES * 0.86), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(3, 2))[:, 0]
     top, small = above.subplots(), below.subplots(1, 3)
     _line(top, steps, "loss", "training, all passes", color="#b5b5b5")
     _line(top, steps, "loss_full", "training, full width", color=GREY)
@@ -117,15 +117,16 @@ def curves_figure(records: Sequence[dict[str, Any]]) -> Figure:
 def road_figure(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Figure:
     """Held-out lines are broken between runs: another model begins there."""
     figure, axes = _figure(0.62)
-    start, held_out = 0, {}
+    start = 0
+    held_out: dict[int, list[tuple[float, float]]] = {}
     for number, (name, records) in enumerate(runs):
         steps = [record for record in records if "loss" in record]
         full = [record.get("loss_full", record["loss"]) for record in steps]
         colour = matplotlib.colormaps["Set2"](number % 8)
         places = [start + record["step"] for record in steps]
         axes.plot(places, full, linewidth=1.2, color=colour, label=f"training, {name}")
-        for width, points in _held_out(records).items():
-            moved = [(start + step, loss) for step, loss in points]
+        for width, found in _held_out(records).items():
+            moved = [(start + step, loss) for step, loss in found]
             held_out.setdefault(width, []).extend([*moved, (math.nan, math.nan)])
         start += max((record["step"] for record in records), default=0)
         if number + 1 < len(runs):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_adamba.blueprint.flops import forward_flops
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.data.loader import to_micro_batch
 from megatron_adamba.data.packed import EvaluationBatches
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan
@@ -39,7 +39,7 @@ class EvaluationRow:
 
 def evaluate_plans(
     forward: ForwardPolicy,
-    config: ModelConfig,
+    config: ResolvedModel,
     batches: EvaluationBatches,
     plans: Sequence[ElasticPlan],
     device: torch.device,
@@ -73,7 +73,7 @@ def evaluate_plans(
     return [_row(config, plan, total.item(), batches, seq_len) for plan, total in zip(plans, totals)]
 
 
-def exit_plans(config: ModelConfig, first: int, most: int) -> list[ElasticPlan]:
+def exit_plans(config: ResolvedModel, first: int, most: int) -> list[ElasticPlan]:
     """Full width up to each exit layer from `first` on, without the last block's; at most `most`, evenly spread."""
     layers = range(first, config.num_layers)
     count = min(len(layers), most)
@@ -82,7 +82,7 @@ def exit_plans(config: ModelConfig, first: int, most: int) -> list[ElasticPlan]:
 
 
 def _row(
-    config: ModelConfig, plan: ElasticPlan, total: float, batches: EvaluationBatches, seq_len: int
+    config: ResolvedModel, plan: ElasticPlan, total: float, batches: EvaluationBatches, seq_len: int
 ) -> EvaluationRow:
     return EvaluationRow(
         width=max(plan.widths),

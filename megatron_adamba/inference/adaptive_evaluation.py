@@ -132,8 +132,9 @@ def over_widths(rows: Sequence[PolicyRow]) -> dict[str, float]:
     bits per byte, or nats per token where bytes are not known. Rows beside the curve's ends are left out."""
     value = lambda row: row.nats_per_token if row.bits_per_byte is None else row.bits_per_byte
     curve = sorted((row.flops_per_token, value(row)) for row in rows if row.kind == "width")
+    flops, values = [point[0] for point in curve], [point[1] for point in curve]
     gaps = {}
     for row in rows:
-        if row.kind == "adaptive" and curve[0][0] <= row.flops_per_token <= curve[-1][0]:
-            gaps[row.name] = value(row) - float(np.interp(row.flops_per_token, *zip(*curve)))
+        if row.kind == "adaptive" and flops[0] <= row.flops_per_token <= flops[-1]:
+            gaps[row.name] = value(row) - float(np.interp(row.flops_per_token, flops, values))
     return gaps

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_adamba.blueprint.adaptive_flops import predictor_flops, token_costs
+from megatron_adamba.blueprint.adaptive_flops import TokenCosts, predictor_flops, token_costs
 from megatron_adamba.blueprint.flops import forward_flops
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.elastic.plan import full_plan
 from megatron_adamba.inference.policy import ComputePolicy, doubled_widths
 
@@ -14,7 +14,7 @@ from megatron_adamba.inference.policy import ComputePolicy, doubled_widths
 class ComputeMeter:
     """Counts blocks, state left to skipped blocks, gates and head; attention at its mean over seq_len tokens."""
 
-    def __init__(self, config: ModelConfig, policy: ComputePolicy, seq_len: int, predicted: bool = False) -> None:
+    def __init__(self, config: ResolvedModel, policy: ComputePolicy, seq_len: int, predicted: bool = False) -> None:
         """predicted: whether the estimator was asked for the widths."""
         plan, adaptive = policy.plan, policy.adaptive
         self.full = forward_flops(config, full_plan(config).widths, seq_len)
@@ -22,7 +22,9 @@ class ComputeMeter:
         self.once = predictor_flops(config) if predicted else 0
         """of the sequence, for its widths"""
         self.widths, self.wide_widths = plan.widths, plan.widths
-        self.fixed = self.costs = None
+        self.costs: TokenCosts | None = None
+        self.fixed = 0
+        """of a token, where it chooses nothing"""
         if adaptive is None:
             self.fixed = forward_flops(config, plan.widths, seq_len, plan.exit_layer)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from megatron_adamba.elastic.confidence import GateReading
 from megatron_adamba.inference.kv_cache import InReach, KVCache, rows_of
 from megatron_adamba.inference.policy import ComputePolicy, doubled_widths
 from megatron_adamba.layers.attention import NestedAttention
+from megatron_adamba.layers.block import AttentionBlock, ExpertBlock, MambaBlock
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.gates import Gates
 from megatron_adamba.layers.mamba import MambaState
@@ -55,7 +57,7 @@ class Decoder:
     ) -> None:
         self.model, self.gates, self.reading, self.capacity = model, gates, reading, capacity
         self.lengths = [0] * slots
-        self.policies: list[ComputePolicy | None] = [None] * slots
+        self.policies: dict[int, ComputePolicy] = {}
         config, weight = model.config, model.embedding.weight
         kind = {"dtype": weight.dtype, "device": weight.device}
         self.widening = expansion_layers(config)
@@ -64,7 +66,8 @@ class Decoder:
         self.states: dict[int, MambaState] = {}
         for index, letter in enumerate(config.block_pattern):
             if letter == "M":
-                self.states[index] = model.blocks[index].mixer.new_state(slots, device=weight.device)
+                mixer = cast(MambaBlock, model.blocks[index]).mixer
+                self.states[index] = mixer.new_state(slots, device=weight.device)
                 continue
             for sets in (self.narrow, self.wide) if index in self.widening else (self.narrow,):
                 sets[index] = KVCache(slots, config.head_dim, model.windows[index], capacity, **kind)
@@ -87,9 +90,8 @@ class Decoder:
 
     def change_policy(self, slot: int, policy: ComputePolicy) -> None:
         """From the next token on; what earlier tokens did not compute stays hidden from later ones."""
-        before = self.policies[slot]
         # blocks that did not run have left no state behind
-        assert before is not None and before.plan.exit_layer == policy.plan.exit_layer
+        assert self.policies[slot].plan.exit_layer == policy.plan.exit_layer
         self.policies[slot] = policy
 
     @torch.no_grad()
@@ -192,7 +194,7 @@ class _Pass:
                     self.some_wide = True
 
     def _mamba_block(self, index: int) -> None:
-        block, state = self.model.blocks[index], self.decoder.states[index]
+        block, state = cast(MambaBlock, self.model.blocks[index]), self.decoder.states[index]
         going = [place for place, policy in enumerate(self.policies) if policy.plan.exit_layer > index]
         rows = rows_of([self.slots[place] for place in going], self.x.device)
         here = slice(None) if self.start is not None else rows_of(going, self.x.device)
@@ -211,7 +213,7 @@ class _Pass:
         if block.mlp is None:
             return
         for row, wide_row, tokens in self._groups(index):
-            for own_row, inside in zip((row, wide_row), self._going(tokens, index, wide_row not in (None, row))):
+            for own_row, inside in zip((row, wide_row or row), self._going(tokens, index, wide_row not in (None, row))):
                 if inside is not None:
                     place = self._places(tokens, inside)
                     head = self.x[place, : own_row.width]
@@ -220,7 +222,7 @@ class _Pass:
                     )
 
     def _attention_block(self, index: int) -> None:
-        block = self.model.blocks[index]
+        block = cast("AttentionBlock | ExpertBlock", self.model.blocks[index])
         for row, wide_row, tokens in self._groups(index):
             sets = [self._fill(index, row, self.decoder.narrow[index], tokens)]
             if wide_row not in (None, row):
@@ -233,7 +235,7 @@ class _Pass:
                     continue
                 place, width = self._places(tokens, inside), one.row.width
                 head = self.x[place, :width] + self._read(block.attention, one, tokens, inside)
-                if self.model.config.block_pattern[index] == "E":
+                if isinstance(block, ExpertBlock):
                     head += block.moe(block.moe_norm(head[None]), one.row, self.context)[0]
                 else:
                     head += block.mlp(block.mlp_norm(head[None]), one.row, self.context)[0]
@@ -241,7 +243,7 @@ class _Pass:
 
     def _fill(self, index: int, row: NestRow, cache: KVCache, tokens: slice | Tensor) -> _Set:
         """Keys and values of all tokens of a group, left or not, at one width, into their cache."""
-        block = self.model.blocks[index]
+        block = cast("AttentionBlock | ExpertBlock", self.model.blocks[index])
         normed = block.attention_norm(self.x[tokens, : row.width])
         cos, sin = self.cos[tokens], self.sin[tokens]
         keys, values = (t[0].transpose(0, 1) for t in block.attention.keys_values(normed[None], row, cos, sin))
@@ -326,7 +328,7 @@ class _Pass:
         if not self.some_left and not (split and self.some_wide):
             return slice(None), None
         going = ~self.left[tokens]
-        parts = (going,)
+        parts: tuple[Tensor, ...] = (going,)
         if split:
             wide = self.widened_at[tokens] <= index
             parts = going & ~wide, going & wide

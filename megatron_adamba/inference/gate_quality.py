@@ -45,7 +45,7 @@ def gate_quality(
         streams = residuals(model, tokens.to(loaded.device), full_plan(model.config), lambda run: run >= first)
         states = torch.stack([x[rows, where] for x in streams])
         losses = torch.stack([F.cross_entropy(model.logits(x[None])[0], answers, reduction="none") for x in states])
-        outputs = torch.stack([loaded.gates.leaving(layer, x) for layer, x in zip(layers, states)])
+        outputs = torch.stack([loaded.require_gates().leaving(layer, x) for layer, x in zip(layers, states)])
         if loaded.reading.target == "divergence":
             wanted = model.divergences(states)
         else:

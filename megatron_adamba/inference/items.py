@@ -101,7 +101,7 @@ def evaluate_mode(
     report: Callable[[int], None] = lambda done: None,
 ) -> list[ItemResult]:
     """Every item under a mode, in the order of the items. report: called with the items of each batch."""
-    results: list[ItemResult | None] = [None] * len(items)
+    results: dict[int, ItemResult] = {}
     for places, tokens in batches(items, batch_size):
         policies = [mode.policy(loaded, items[place].prompt) for place in places]
         x, trace = mode_residual(loaded, tokens.to(loaded.device), policies)
@@ -111,7 +111,7 @@ def evaluate_mode(
             predicted = mode.asks_estimator(loaded)
             results[place] = _result(loaded, item, policies[row], logits, trace, row, predicted)
         report(len(places))
-    return results
+    return [results[place] for place in range(len(items))]
 
 
 def mode_residual(
@@ -121,7 +121,7 @@ def mode_residual(
     adaptive = policies[0].adaptive
     if adaptive is not None:
         plans = [policy.plan for policy in policies]
-        return run_adaptively(loaded.model, loaded.gates, loaded.reading, tokens, plans, adaptive)
+        return run_adaptively(loaded.model, loaded.require_gates(), loaded.reading, tokens, plans, adaptive)
     return residuals(loaded.model, tokens, policies[0].plan)[-1], None
 
 

@@ -32,9 +32,7 @@ class InReach:
         """[sequences, 1 or heads, q, used] bool, None where all is seen; queries: [sequences, q] positions."""
         if self.all_seen and self.held is None:
             return None
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(self.used, device=queries.device)[None]
+        positions = self._places()
         back = queries[:, :, None] - positions[:, None]
         seen = (back >= 0) & (positions >= 0)[:, None]
         if window is not None:
@@ -43,6 +41,12 @@ class InReach:
             return seen[:, None]
         groups = torch.arange(self.keys.shape[0], device=queries.device).repeat_interleave(heads_per_group)
         return seen[:, None] & (self.held[:, None] > groups[:, None])[:, :, None]
+
+    def _places(self) -> Tensor:
+        """`positions`, written out."""
+        if self.positions is None:
+            return torch.arange(self.used, device=self.keys.device)[None]
+        return self.positions
 
     def followed_by(self, keys: Tensor, values: Tensor, positions: Tensor) -> InReach:
         """With the next tokens of its one sequence, [kv_groups, n, head_dim], at positions [n], all held."""
@@ -53,7 +57,7 @@ class InReach:
             torch.cat([self.keys, keys[:, None]], dim=2),
             torch.cat([self.values, values[:, None]], dim=2),
             self.used + keys.shape[1],
-            torch.cat([self.positions, positions[None]], dim=1),
+            torch.cat([self._places(), positions[None]], dim=1),
             held,
         )
 
@@ -155,20 +159,22 @@ class KVCache:
         """Before tokens start .. start + count - 1 are written with so many groups, or, for none, before a read."""
         first, before = self.lengths[slot], self.fewest[slot]
         missing = start > first
-        if missing or (count and before is not None and before != groups):
-            self._tell_apart()
+        if count and before is not None and before != groups:
+            self._told_apart()
         if missing:
             gap = torch.arange(max(first, start - self.limit), start, device=self.keys.device)
-            self.held[slot, gap % self.limit] = 0
+            self._told_apart()[slot, gap % self.limit] = 0
             before = 0
         if count:
             before = groups if before is None else min(before, groups)
         self.fewest[slot], self.lengths[slot] = before, start + count
 
-    def _tell_apart(self) -> None:
+    def _told_apart(self) -> Tensor:
+        """`held`, made where it was not."""
         if self.held is None:
             own = torch.tensor([fewest or 0 for fewest in self.fewest], device=self.keys.device)
             self.held = own[:, None].expand(self.keys.shape[1:3]).clone()
+        return self.held
 
     def _make_room(self, groups: int, places: int) -> None:
         had_groups, slots, had_places, head_dim = self.keys.shape

@@ -12,7 +12,7 @@ from megatron_adamba.blueprint.gates import gate_manifest
 from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.checkpoint.canonical import load_into
 from megatron_adamba.checkpoint.offline import described_model, open_checkpoint
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import read_run_config
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.config.sections import GatesConfig, default_predictor
@@ -59,6 +59,14 @@ class LoadedModel:
         """bf16 | fp32"""
         return "bf16" if next(self.model.parameters()).dtype == torch.bfloat16 else "fp32"
 
+    def require_gates(self) -> Gates:
+        """Raises ConfigError where the checkpoint has none."""
+        if self.gates is None:
+            raise ConfigError(
+                "mode adaptive: this model has no gates; train them (adamba train --train.phase 2), or take think"
+            )
+        return self.gates
+
     @property
     def reading(self) -> GateReading:
         """What the gates' outputs mean."""
@@ -92,7 +100,7 @@ def load_model(
     return LoadedModel(model, gates, *_gate_config(folder, config), tokenizer, device)
 
 
-def _config_that_fits(folder: Path) -> ModelConfig:
+def _config_that_fits(folder: Path) -> ResolvedModel:
     """The model's, once the shapes of all tensors are known: what a damaged one asks for may not fit into any memory.
     Raises CheckpointError."""
     opened = open_checkpoint(folder)
@@ -105,7 +113,7 @@ def _config_that_fits(folder: Path) -> ModelConfig:
     return config
 
 
-def _gates(folder: Path, config: ModelConfig, device: torch.device, verify: bool) -> Gates | None:
+def _gates(folder: Path, config: ResolvedModel, device: torch.device, verify: bool) -> Gates | None:
     if not config.gate_size:
         return None
     gates = Gates(config, device="meta").to_empty(device="cpu")
@@ -113,7 +121,7 @@ def _gates(folder: Path, config: ModelConfig, device: torch.device, verify: bool
     return gates.to(device).requires_grad_(False).eval()
 
 
-def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
+def _gate_config(folder: Path, config: ResolvedModel) -> tuple[GatesConfig, int]:
     """The gates section of the run, and its earliest exit. Raises CheckpointError."""
     run = read_run_config(folder)
     values, known = run.get("gates", {}), {entry.name for entry in fields(GatesConfig)}
@@ -131,7 +139,7 @@ def _gate_config(folder: Path, config: ModelConfig) -> tuple[GatesConfig, int]:
     return gates, min(first, config.num_layers)
 
 
-def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+def _tokenizer(folder: Path, config: ResolvedModel) -> Tokenizer:
     tokenizer = folder_tokenizer(folder)
     wanted = read_run_config(folder).get("tokenizer_hash")
     if wanted is not None and tokenizer.hash != wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,9 @@ from torch import Tensor
 from megatron_adamba.blueprint.flops import block_flops, forward_flops
 from megatron_adamba.blueprint.nest import block_rows, mode_width
 from megatron_adamba.blueprint.resolve import attention_windows
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.rules import at_least
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan, uniform_plan
-from megatron_adamba.errors import ConfigError
 from megatron_adamba.inference.load import LoadedModel
 from megatron_adamba.inference.policy import AdaptivePolicy, ComputePolicy, predicted_widths
 
@@ -29,7 +29,7 @@ class Mode:
     """full | adaptive | a mode of the model (ghost, whisper, normal, think)"""
     width: int | None = None
     """a width of the nest instead"""
-    adaptive: Mapping[str, float | str] = field(default_factory=dict)
+    adaptive: Mapping[str, Any] = field(default_factory=dict)
     """of `adaptive`: fields of its policy that are not the defaults"""
     energy_price: float | None = None
     """of `adaptive`: nats that all compute for a token is worth, infinite: the least width; None: widths by lookup"""
@@ -49,10 +49,7 @@ class Mode:
             return ComputePolicy(uniform_plan(config, mode_width(config, self.name)))
         policy = replace(AdaptivePolicy(min_exit_layer=loaded.min_exit_layer), **self.adaptive)
         policy.check()
-        if loaded.gates is None:
-            raise ConfigError(
-                "mode adaptive: this model has no gates; train them (adamba train --train.phase 2), or take think"
-            )
+        loaded.require_gates()
         if self.energy_price is not None:
             at_least("--energy-price", self.energy_price, 0, 0.1, infinite=True)
         plan = full_plan(config)
@@ -76,10 +73,10 @@ class Mode:
 def prompt_scores(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
     """Difficulty of each layer, [num_layers] in [0, 1], from the mean embedding of a prompt's first tokens."""
     read = torch.tensor([list(prompt[: loaded.gate_config.prompt_tokens])], device=loaded.device)
-    return loaded.gates.scores(loaded.model.embedding(read)[0].float().mean(0))
+    return loaded.require_gates().scores(loaded.model.embedding(read)[0].float().mean(0))
 
 
-def width_shares(config: ModelConfig, seq_len: int) -> Tensor:
+def width_shares(config: ResolvedModel, seq_len: int) -> Tensor:
     """[num_layers, widths] of the whole model's FLOPs a token at full width, float64."""
     rows, windows = block_rows(config), attention_windows(config)
     total = forward_flops(config, full_plan(config).widths, seq_len)

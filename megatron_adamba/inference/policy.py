@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_adamba.blueprint.gates import whole_width
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.rules import at_least, in_range, one_of, usual
 from megatron_adamba.elastic.confidence import GateReading
 from megatron_adamba.elastic.plan import ElasticPlan
@@ -68,14 +68,14 @@ class ComputePolicy:
         return replace(self, plan=replace(self.plan, widths=widths))
 
 
-def doubled_widths(config: ModelConfig, widths: tuple[int, ...]) -> tuple[int, ...]:
+def doubled_widths(config: ResolvedModel, widths: tuple[int, ...]) -> tuple[int, ...]:
     """Per block the narrowest row of the nest that is at least twice as wide, or the widest."""
     known = [row.width for row in config.nest]
     return tuple(next((width for width in known if width >= 2 * chosen), known[-1]) for chosen in widths)
 
 
 def predicted_widths(
-    config: ModelConfig,
+    config: ResolvedModel,
     scores: Tensor,
     regret_scale: float,
     shares: Tensor,
@@ -91,7 +91,7 @@ def predicted_widths(
     """
     widths = torch.tensor([row.width for row in config.nest], dtype=torch.float64)
     scores = scores.detach().double().cpu()[:, None]
-    allowed = widths >= min(min_width, widths[-1])
+    allowed = widths >= min(min_width, config.nest[-1].width)
     if energy_price is None:
         enough = (widths >= scores * whole_width(config)) & allowed
         chosen = torch.where(enough.any(1), enough.int().argmax(1), len(widths) - 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.linear import NestedLinears
 from megatron_adamba.layers.rope import rope_concentration
@@ -18,7 +19,7 @@ from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 class NestedAttention(nn.Module):
     """Grouped-query attention with RoPE and optional QK-norm; `window` limits how far back it looks."""
 
-    def __init__(self, config: ModelConfig, window: int | None, tp: TensorParallel = ALONE, device=None) -> None:
+    def __init__(self, config: ResolvedModel, window: int | None, tp: TensorParallel = ALONE, device=None) -> None:
         super().__init__()
         self.tp, self.head_dim, self.window = tp, config.head_dim, window
         self.heads_per_group = config.num_heads // config.num_kv_groups

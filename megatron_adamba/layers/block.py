@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from megatron_adamba.blueprint.nest import block_config
 from megatron_adamba.blueprint.resolve import mamba_inner_size
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.layers.attention import NestedAttention
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.mamba import Mamba1Mixer, Mamba2Mixer
@@ -18,13 +19,13 @@ from megatron_adamba.parallel.expert import ALL_EXPERTS, ExpertParallel
 from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 
 
-def nested_norm(config: ModelConfig, tp: TensorParallel = ALONE, device=None) -> NestedNorm:
+def nested_norm(config: ResolvedModel, tp: TensorParallel = ALONE, device=None) -> NestedNorm:
     """The norm in front of an elastic sub-layer: one gain and one norm_size per width."""
     sizes = [row.norm_size for row in config.nest]
     return NestedNorm(config.widths, sizes, config.norm_eps, config.norm_weight, tp, device)
 
 
-def static_norm(config: ModelConfig, tp: TensorParallel = ALONE, device=None) -> NestedNorm:
+def static_norm(config: ResolvedModel, tp: TensorParallel = ALONE, device=None) -> NestedNorm:
     """The norm in front of a static part: full width, one gain."""
     sizes = [config.static_norm_size]
     return NestedNorm([config.hidden_size], sizes, config.norm_eps, config.norm_weight, tp, device)
@@ -45,7 +46,7 @@ def join_prefix(head: Tensor, tail: Tensor | None) -> Tensor:
 class AttentionBlock(nn.Module):
     """T: x[:w] += attention(norm(x[:w])); x[:w] += mlp(norm(x[:w]))."""
 
-    def __init__(self, config: ModelConfig, window: int | None, tp: TensorParallel = ALONE, device=None) -> None:
+    def __init__(self, config: ResolvedModel, window: int | None, tp: TensorParallel = ALONE, device=None) -> None:
         super().__init__()
         self.attention_norm = nested_norm(config, tp, device)
         self.attention = NestedAttention(config, window, tp, device)
@@ -65,7 +66,7 @@ class ExpertBlock(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ResolvedModel,
         index: int,
         window: int | None,
         tp: TensorParallel = ALONE,
@@ -90,15 +91,14 @@ class ExpertBlock(nn.Module):
 class MambaBlock(nn.Module):
     """M: x += mamba(norm(x)) at full width, then an optional elastic MLP on x[:w]."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, device=None) -> None:
+    def __init__(self, config: ResolvedModel, tp: TensorParallel = ALONE, device=None) -> None:
         super().__init__()
         self.mixer_norm = static_norm(config, tp, device)
         self.mixer = build_mixer(config, tp, device)
+        self.mlp: NestedMLP | None = None
         if config.mamba_use_mlp:
             self.mlp_norm = nested_norm(config, tp, device)
             self.mlp = NestedMLP(config, tp, device)
-        else:
-            self.mlp_norm = self.mlp = None
 
     def forward(self, x: Tensor, row: NestRow, context: ForwardContext) -> Tensor:
         """x: [batch, seq, hidden_size]; returns the same shape."""
@@ -110,7 +110,7 @@ class MambaBlock(nn.Module):
         return join_prefix(head, tail)
 
 
-def build_mixer(config: ModelConfig, tp: TensorParallel = ALONE, device=None) -> nn.Module:
+def build_mixer(config: ResolvedModel, tp: TensorParallel = ALONE, device=None) -> Mamba1Mixer | Mamba2Mixer:
     """The Mamba mixer that the config asks for, uninitialised; of its groups (Mamba-1: channels) this rank's share."""
     if config.mamba_version == 1:
         return Mamba1Mixer(
@@ -136,7 +136,7 @@ def build_mixer(config: ModelConfig, tp: TensorParallel = ALONE, device=None) ->
 
 
 def build_block(
-    config: ModelConfig,
+    config: ResolvedModel,
     index: int,
     window: int | None,
     tp: TensorParallel = ALONE,

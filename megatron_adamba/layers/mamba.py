@@ -169,8 +169,8 @@ class Mamba2Mixer(nn.Module):
         state = cache.ssm_state
         if u.shape[1] == 1:
             with torch.no_grad():
-                first = (t[:, 0] for t in (u, dt))
-                return dispatch.ssd_step(state, *first, A, B[:, 0], C[:, 0], self.D, self.dt_bias).unsqueeze(1)
+                u, dt, B, C = (t[:, 0] for t in (u, dt, B, C))
+                return dispatch.ssd_step(state, u, dt, A, B, C, self.D, self.dt_bias).unsqueeze(1)
         y, final = dispatch.ssd_scan(
             u, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias, initial_states=state,
             seq_idx=seq_idx, return_final_states=True,
@@ -254,8 +254,8 @@ class Mamba1Mixer(nn.Module):
         state = cache.ssm_state
         if u.shape[1] == 1:
             with torch.no_grad():
-                first = (t[:, 0] for t in (u, delta))
-                y = dispatch.selective_scan_step(state, *first, A, B[:, 0], C[:, 0], D=self.D).unsqueeze(1)
+                u, delta, B, C = (t[:, 0] for t in (u, delta, B, C))
+                y = dispatch.selective_scan_step(state, u, delta, A, B, C, D=self.D).unsqueeze(1)
             return y if z is None else y * nn.functional.silu(z)
         y, final = dispatch.selective_scan(
             u, delta, A, B, C, D=self.D, z=z, initial_states=state, seq_idx=seq_idx, return_final_states=True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.linear import NestedLinears
 from megatron_adamba.ops.activation import relu_squared, swiglu
@@ -14,7 +15,7 @@ from megatron_adamba.parallel.tensor import ALONE, TensorParallel
 class NestedMLP(nn.Module):
     """down(relu(up x)^2), or down(silu(gate x) * up x)."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, device=None) -> None:
+    def __init__(self, config: ResolvedModel, tp: TensorParallel = ALONE, device=None) -> None:
         super().__init__()
         self.tp, self.granule = tp, config.ffn_granule
         self.gated = config.activation == "swiglu"

@@ -13,13 +13,14 @@ from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.nest import block_rows
 from megatron_adamba.blueprint.resolve import attention_windows
 from megatron_adamba.blueprint.stages import Chunk, specs_held, whole_model
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.elastic.plan import ElasticPlan, full_plan
 from megatron_adamba.layers.block import build_block, static_norm
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.embedding import Head, TiedEmbedding, TokenEmbedding
 from megatron_adamba.layers.moe.layer import MoE
 from megatron_adamba.layers.moe.statistics import RouterStatistics
+from megatron_adamba.layers.norm import NestedNorm
 from megatron_adamba.layers.rope import yarn_of
 from megatron_adamba.model.init import initial_tensor
 from megatron_adamba.model.taps import Taps
@@ -40,9 +41,16 @@ class AdambaModel(nn.Module):
     experts from. chunks: what of the model is here, None for all of it; the rest has no parameters and does not run.
     """
 
+    embedding: TokenEmbedding
+    """where it is held"""
+    final_norm: NestedNorm
+    """where the head is"""
+    head: Head | None
+    """None where the embedding serves, or another rank holds it"""
+
     def __init__(
         self,
-        config: ModelConfig,
+        config: ResolvedModel,
         device=None,
         activation_checkpointing: bool = False,
         tp: TensorParallel = ALONE,
@@ -58,10 +66,9 @@ class AdambaModel(nn.Module):
         self.windows = attention_windows(config)
         embedding_norm = (config.static_norm_size, config.norm_eps) if config.embedding_norm else None
         ends = (config.vocab_size, config.hidden_size)
-        self.embedding = self.final_norm = self.head = None
-        if config.tie_embeddings and self._holds("embedding.weight"):
+        if config.tie_embeddings and self.holds("embedding.weight"):
             self.embedding = TiedEmbedding(*ends, embedding_norm, config.logit_softcap, tp, device)
-        elif self._holds("embedding.weight"):
+        elif self.holds("embedding.weight"):
             self.embedding = TokenEmbedding(*ends, embedding_norm, tp, device)
         here = {index for chunk in self.chunks for index in chunk.blocks}
         self.blocks = nn.ModuleList(
@@ -70,11 +77,13 @@ class AdambaModel(nn.Module):
             else nn.Identity()
             for index in range(config.num_layers)
         )
-        if self._holds("head.weight"):
+        self.head = None
+        if self.holds("head.weight"):
             self.final_norm = static_norm(config, tp, device)
             self.head = None if config.tie_embeddings else Head(*ends, config.logit_softcap, tp, device)
 
-    def _holds(self, name: str) -> bool:
+    def holds(self, name: str) -> bool:
+        """Whether a parameter of the ends, by its name, is here."""
         return any(chunk.holds(name, self.config.tie_embeddings) for chunk in self.chunks)
 
     @property
@@ -143,17 +152,17 @@ class AdambaModel(nn.Module):
     ) -> Tensor:
         """A part of `forward`: the residual stream in (nothing where the embedding is) and out, behind the head what
         `forward` returns without the routers' losses. context: of `training_context` for these tokens."""
-        if chunk.embedding:
+        if x is None or chunk.embedding:
             x = self.embedding(self.tp.pad_sequence(tokens, 0))
             if taps is not None:
                 taps.behind(0, x, self.tp)
         x = self._run_blocks(x, chunk.blocks, plan, context, all_take_part, taps)
         if not chunk.head:
             return x
-        padded = self.tp.pad_sequence(labels, IGNORED)
-        if taps is None or not plan.whole_depth:
-            out = self._head(self.final_norm(x), padded, reduction)
+        if taps is None or labels is None or not plan.whole_depth:
+            out = self._head(self.final_norm(x), self.tp.pad_sequence(labels, IGNORED), reduction)
             return out[:, : tokens.shape[1]] if out.dim() > 1 else out
+        padded = self.tp.pad_sequence(labels, IGNORED)
         losses = torch.empty(padded.shape, dtype=torch.float32, device=x.device)
         out = self._head(self.final_norm(x), padded, reduction, losses)
         taps.token_losses = losses[:, : tokens.shape[1]]
@@ -205,19 +214,19 @@ class AdambaModel(nn.Module):
                     x = x + block(x[:0], row, self._empty(context)).sum()
                 continue
             y = checkpoint(block, x, row, context, use_reentrant=False) if recompute else block(x, row, context)
-            x = y if gone is None or index < plan.mixed.layer else torch.where(gone, x, y)
+            x = y if gone is None or index < gone[0] else torch.where(gone[1], x, y)
             if taps is not None:
                 taps.behind(index + 1, x, self.tp)
         return x
 
-    def _gone_early(self, plan: ElasticPlan, x: Tensor, context: ForwardContext) -> Tensor | None:
-        """[seq, 1] bool of this rank's part of the sequence: who leaves at the plan's mixed layer."""
+    def _gone_early(self, plan: ElasticPlan, x: Tensor, context: ForwardContext) -> tuple[int, Tensor] | None:
+        """The plan's mixed layer, and who leaves there, [seq, 1] bool of this rank's part of the sequence."""
         if plan.mixed is None:
             return None
         gone = self.tp.pad_sequence(plan.mixed.positions(context.length, x.device)[None], False)[0]
         if self.tp.sequence_parallel:
             gone = gone.chunk(self.tp.size)[self.tp.rank]
-        return gone[:, None]
+        return plan.mixed.layer, gone[:, None]
 
     def training_context(
         self,

@@ -111,7 +111,7 @@ def ssd_scan(
         )
         if z is None:
             return out
-        return (silu_gate(out[0], z), out[1]) if return_final_states else silu_gate(out, z)
+        return (silu_gate(out[0], z), out[1]) if isinstance(out, tuple) else silu_gate(out, z)
     # Triton blocks are powers of two; the result does not depend on the chunk size.
     chunk_size = max(16, 1 << (chunk_size - 1).bit_length())
     return kernel(

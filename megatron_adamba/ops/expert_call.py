@@ -81,7 +81,7 @@ class ExpertGradients:
     def __init__(self, call: ExpertCall, parameters: Sequence[Tensor]) -> None:
         self.call, self.parameters = call, parameters
         self.direct = call.accumulation is Accumulation.DIRECT
-        self.full: list[Tensor | None] = [None] * len(parameters)
+        self.full: dict[int, Tensor] = {}
         if not self.direct:
             return
         for which, (parameter, trained) in enumerate(zip(parameters, call.trained)):
@@ -91,9 +91,8 @@ class ExpertGradients:
 
     def clear(self, expert: int) -> None:
         """An expert without rows; every expert needs this or its products and sums, once."""
-        for full in self.full:
-            if full is not None:
-                full[expert].zero_()
+        for full in self.full.values():
+            full[expert].zero_()
 
     def add_product(self, which: int, expert: int, left: Tensor, right: Tensor) -> None:
         """One expert's gradient of a weight is left^T right; left: [n, its rows], right: [n, its columns]."""
@@ -142,4 +141,4 @@ class ExpertGradients:
                 sink.take(parameter) if trained else None
                 for sink, parameter, trained in zip(self.call.sinks, self.parameters, self.call.trained)
             ]
-        return self.full
+        return [self.full.get(which) for which in range(len(self.parameters))]

@@ -47,7 +47,7 @@ def _own_part(last: Tensor, others: Tensor, softcap: float) -> Tensor:
     exp(logit - largest) of the last and of the others, and sum of exp(last - largest) (last - other)."""
     high = torch.promote_types(last.dtype, torch.float32)
     parts = torch.empty(5, *others.shape[:2], dtype=high, device=last.device)
-    for start, stop in _blocks(*last.shape, last.device):
+    for start, stop in _blocks(last):
         rows = slice(start, stop)
         ours = softcap_(last[rows].to(high, copy=True), softcap)
         peak = ours.amax(-1)
@@ -62,9 +62,10 @@ def _own_part(last: Tensor, others: Tensor, softcap: float) -> Tensor:
     return parts
 
 
-def _blocks(tokens: int, rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Ends of the blocks of tokens that are worked through one after the other."""
-    step = row_blocks(tokens, rows, device).step if device.type == "cpu" else max(1, _BLOCK_ELEMENTS // rows)
+def _blocks(logits: Tensor) -> Iterator[tuple[int, int]]:
+    """Ends of the blocks of tokens that are worked through one after the other. logits: [tokens, rows]."""
+    tokens, rows = logits.shape
+    step = row_blocks(logits).step if logits.device.type == "cpu" else max(1, _BLOCK_ELEMENTS // rows)
     yield from ((start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 

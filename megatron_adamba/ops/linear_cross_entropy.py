@@ -62,9 +62,13 @@ def chunk_size(vocab_size: int) -> int:
     return min(max(_CHUNK_ELEMENTS // vocab_size, 256), 4096)
 
 
-def row_blocks(tokens: int, vocab: int, device: torch.device) -> range:
-    """Starts of the blocks of rows that are worked through one after the other; on a CPU they stay in its cache."""
-    rows = tokens if device.type != "cpu" else max(1, _BLOCK_ELEMENTS // vocab)
+def row_blocks(logits: Tensor) -> range:
+    """Starts of the blocks of rows that are worked through one after the other; on a CPU they stay in its cache.
+
+    logits: [tokens, vocab].
+    """
+    tokens, vocab = logits.shape
+    rows = tokens if logits.device.type != "cpu" else max(1, _BLOCK_ELEMENTS // vocab)
     return range(0, tokens, max(rows, 1))
 
 
@@ -77,7 +81,7 @@ def _chunk_losses(
     """
     logits = hidden @ weight.t()
     losses = torch.empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    blocks = row_blocks(*logits.shape, logits.device)
+    blocks = row_blocks(logits)
     for start in blocks:
         rows = slice(start, start + blocks.step)
         losses[rows] = _block_losses(logits[rows], labels[rows], softcap, grad_scale)

@@ -133,8 +133,8 @@ def _outputs(call: _Call, x: Tensor, parameters: Sequence[Tensor]) -> tuple[Tens
     return tuple(outputs)
 
 
-def _input_gradient(call: _Call, parameters: list[Tensor], grads2: list[Tensor]) -> Tensor:
-    grad_x = None
+def _input_gradient(call: _Call, parameters: list[Tensor], grads2: list[Tensor]) -> Tensor | None:
+    grad_x: Tensor | None = None
     for weight, rows, g2 in zip(parameters, call.rows, grads2):
         grad_x = _add_product(grad_x, g2, weight[:rows, : call.cols])
     return grad_x

@@ -253,7 +253,7 @@ class _SSDScan(torch.autograd.Function):
         d_raw = g.dt.view(dt.shape)
         if ctx.dt_softplus:
             d_raw = d_raw * torch.sigmoid(c.raw_dt)
-        d_D = None if D is None else (g.D if D.dim() == 2 else g.D.sum(-1)).view(D.shape).to(D.dtype)
+        d_D = None if g.D is None else (g.D if D.dim() == 2 else g.D.sum(-1)).view(D.shape).to(D.dtype)
         d_bias = None if dt_bias is None else d_raw.sum(dim=(0, 1)).to(dt_bias.dtype)
         d_initial = None if initial_states is None else _unpack_state(d_state, s).to(initial_states.dtype)
         return (

@@ -24,7 +24,7 @@ def _exp_or_zero(exponent: Tensor) -> Tensor:
     the 0.75th power of the smallest normal number, 4e-29 in float32: nothing beside which anything else would count.
     """
     lowest = 0.75 * math.log(torch.finfo(exponent.dtype).tiny)
-    return F.threshold_(exponent.clamp_(min=lowest).exp_(), math.exp(lowest + 1e-3), 0.0)
+    return F.threshold(exponent.clamp_(min=lowest).exp_(), math.exp(lowest + 1e-3), 0.0, inplace=True)
 
 
 class Decays:
@@ -52,17 +52,17 @@ class Decays:
         )
         # -inf before exp, not 0 after it: above the diagonal the difference is positive and may overflow.
         self.causal = torch.full((size, size), float("-inf"), dtype=acc, device=log_decay.device).triu_(1)
-        self.idx = None
+        self.idx: Tensor | None = None
         if seq_idx is not None:
             self.idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, missing)], dim=1).view(batch, chunks, size)
-            self._cut_at_documents()
+            self._cut_at_documents(self.idx)
 
-    def _cut_at_documents(self) -> None:
+    def _cut_at_documents(self, idx: Tensor) -> None:
         """Nothing passes from one document to the next; the state before the first chunk is the first document's."""
-        end = self.idx[:, :, -1]
-        seen = torch.cat([self.idx[:, :1, 0], end[:, :-1]], dim=1)
-        self.from_start *= (self.idx == seen.unsqueeze(-1))[..., None, None]
-        self.to_end *= (self.idx == end.unsqueeze(-1))[..., None, None]
+        end = idx[:, :, -1]
+        seen = torch.cat([idx[:, :1, 0], end[:, :-1]], dim=1)
+        self.from_start *= (idx == seen.unsqueeze(-1))[..., None, None]
+        self.to_end *= (idx == end.unsqueeze(-1))[..., None, None]
         self.across *= (end == seen)[..., None, None]
 
     def of_chunk(self, i: int, length: int) -> ChunkDecay:

@@ -79,7 +79,7 @@ class _Chunk:
         tokens = self.logits.shape[0]
         high = torch.promote_types(self.logits.dtype, torch.float32)
         peak, total, target = torch.empty(3, tokens, dtype=high, device=self.logits.device)
-        blocks = row_blocks(*self.logits.shape, self.logits.device)
+        blocks = row_blocks(self.logits)
         for start in blocks:
             rows = slice(start, start + blocks.step)
             capped = self._capped(rows)[0]
@@ -99,7 +99,7 @@ class _Chunk:
 
     def gradient(self, grad_scale: Tensor) -> Tensor:
         """grad_scale * d sum(losses) / d logits, [tokens, rows], in the logits' memory."""
-        blocks = row_blocks(*self.logits.shape, self.logits.device)
+        blocks = row_blocks(self.logits)
         for start in blocks:
             rows = slice(start, start + blocks.step)
             capped, bounded = self._capped(rows)

@@ -36,7 +36,7 @@ class Started:
         return self.finish(self.buffer)
 
 
-def start_sum(x: Tensor, group: dist.ProcessGroup) -> Ready | Started:
+def start_sum(x: Tensor, group: dist.ProcessGroup | None) -> Ready | Started:
     """Sum over the group, in x's own memory."""
     if x.numel() == 0:
         return Ready(x)
@@ -44,7 +44,7 @@ def start_sum(x: Tensor, group: dist.ProcessGroup) -> Ready | Started:
     return Started(dist.all_reduce(x, group=group, async_op=True), x, lambda buffer: buffer)
 
 
-def start_gather_sequence(x: Tensor, group: dist.ProcessGroup, size: int) -> Ready | Started:
+def start_gather_sequence(x: Tensor, group: dist.ProcessGroup | None, size: int) -> Ready | Started:
     """[batch, seq / size, ...] of every rank to [batch, seq, ...]."""
     batch, part, *rest = x.shape
     if x.numel() == 0:
@@ -56,7 +56,7 @@ def start_gather_sequence(x: Tensor, group: dist.ProcessGroup, size: int) -> Rea
     return Started(work, buffer, arrange, x)
 
 
-def start_scatter_sum(x: Tensor, group: dist.ProcessGroup, size: int) -> Ready | Started:
+def start_scatter_sum(x: Tensor, group: dist.ProcessGroup | None, size: int) -> Ready | Started:
     """[batch, seq, ...] of every rank, summed, and of the sum this rank's [batch, seq / size, ...]."""
     batch, seq, *rest = x.shape
     if x.numel() == 0:
@@ -67,7 +67,7 @@ def start_scatter_sum(x: Tensor, group: dist.ProcessGroup, size: int) -> Ready |
     return Started(work, buffer, lambda result: result, parts)
 
 
-def gather_parts(part: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+def gather_parts(part: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
     """[...] of every rank to [size, ...]. No gradient."""
     if part.numel() == 0:
         return part.new_empty(size, *part.shape)
@@ -84,7 +84,7 @@ class SumOutput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return start_sum(x.detach(), group).wait()
 
     @staticmethod
@@ -96,7 +96,7 @@ class ScatterOutput(torch.autograd.Function):
     """Forward: sum over the group and keep this rank's part of the sequence; backward: gather the gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, size: int) -> Tensor:
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
         ctx.group, ctx.size = group, size
         return start_scatter_sum(x.contiguous(), group, size).wait()
 
@@ -109,7 +109,7 @@ class SumGradient(torch.autograd.Function):
     """Forward: nothing; backward: sum over the group."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -123,7 +123,7 @@ def part_range(count: int, size: int, rank: int) -> tuple[int, int]:
     return rank * count // size, (rank + 1) * count // size
 
 
-def _join_parts(x: Tensor, count: int, group: dist.ProcessGroup, size: int, rank: int) -> Tensor:
+def _join_parts(x: Tensor, count: int, group: dist.ProcessGroup | None, size: int, rank: int) -> Tensor:
     """This rank's rows [own, ...] of `count` to all of them."""
     if count == 0:
         return x
@@ -139,7 +139,7 @@ class TakePart(torch.autograd.Function):
     """Forward: this rank's rows of what every rank has; backward: everybody's rows of the gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup, size: int, rank: int) -> Tensor:
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None, size: int, rank: int) -> Tensor:
         ctx.call = (x.shape[0], group, size, rank)
         first, end = part_range(x.shape[0], size, rank)
         return x[first:end].clone()
@@ -153,7 +153,7 @@ class JoinParts(torch.autograd.Function):
     """Forward: everybody's rows; backward: this rank's rows of the gradient, which every rank has whole."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, count: int, group: dist.ProcessGroup, size: int, rank: int) -> Tensor:
+    def forward(ctx, x: Tensor, count: int, group: dist.ProcessGroup | None, size: int, rank: int) -> Tensor:
         ctx.range = part_range(count, size, rank)
         return _join_parts(x, count, group, size, rank)
 

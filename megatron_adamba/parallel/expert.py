@@ -72,7 +72,8 @@ class Journey:
 
 def _by_expert(by_source: Sequence[Sequence[int]]) -> Tensor:
     """Rows come by source, of each source by expert; their numbers by expert, of each expert by source."""
-    starts, start = [], 0
+    starts: list[list[int]] = []
+    start = 0
     for row in by_source:
         starts.append([])
         for count in row:

@@ -71,7 +71,7 @@ def _unit_bounds(kind: str, length: int, unit: int, size: int, rank: int) -> lis
 
 def local_shape(spec: ParamSpec, size: int, rank: int) -> tuple[int, ...]:
     """Shape of the shard."""
-    if spec.unit is None or size == 1:
+    if spec.unit_axis is None or size == 1:
         return spec.shape
     rows = sum(run.size for run in owned_runs(spec, size, rank))
     return (*spec.shape[: spec.unit_axis], rows, *spec.shape[spec.unit_axis + 1 :])
@@ -80,7 +80,7 @@ def local_shape(spec: ParamSpec, size: int, rank: int) -> tuple[int, ...]:
 def cut(spec: ParamSpec, whole: Tensor, size: int, rank: int) -> Tensor:
     """The shard of a canonical tensor: a copy where it is cut, the tensor itself where it stays whole."""
     assert tuple(whole.shape) == spec.shape, f"{spec.name}: {tuple(whole.shape)} is not its canonical {spec.shape}"
-    if spec.unit is None or size == 1:
+    if spec.unit_axis is None or size == 1:
         return whole
     pieces = [whole.narrow(spec.unit_axis, run.canonical, run.size) for run in owned_runs(spec, size, rank)]
     return torch.cat(pieces, dim=spec.unit_axis) if pieces else whole.new_empty(local_shape(spec, size, rank))
@@ -88,7 +88,7 @@ def cut(spec: ParamSpec, whole: Tensor, size: int, rank: int) -> Tensor:
 
 def join(spec: ParamSpec, shards: Sequence[Tensor]) -> Tensor:
     """The canonical tensor from the shards of all ranks, in the order of the ranks."""
-    if spec.unit is None or len(shards) == 1:
+    if spec.unit_axis is None or len(shards) == 1:
         return shards[0]
     whole = shards[0].new_empty(spec.shape)
     for rank, shard in enumerate(shards):

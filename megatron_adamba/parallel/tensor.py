@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -120,6 +121,12 @@ class TensorParallel:
     def sum_over_tokens(self, x: Tensor) -> Tensor:
         """Sum of what every rank has of its own tokens; x is used up."""
         return SumOutput.apply(x, self.group) if self.size > 1 else x
+
+    @overload
+    def pad_sequence(self, x: Tensor, value: int) -> Tensor: ...
+
+    @overload
+    def pad_sequence(self, x: Tensor | None, value: int) -> Tensor | None: ...
 
     def pad_sequence(self, x: Tensor | None, value: int) -> Tensor | None:
         """[batch, seq] lengthened at its end to a multiple of the ranks that share out the sequence."""

@@ -111,7 +111,7 @@ def build_topology(grid: RankGrid, sequence_parallel: bool = False) -> Topology:
     """
     rank = dist.get_rank()
     assert grid.world_size == dist.get_world_size()
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(grid.world_size)): dist.group.WORLD}
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(grid.world_size)): dist.group.WORLD}
     own: dict[str, dist.ProcessGroup | None] = dict.fromkeys((*KINDS, ENDS))
     for kind in (*KINDS, ENDS):
         for ranks in grid.groups(kind):

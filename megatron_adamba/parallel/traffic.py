@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_adamba.blueprint.manifest import mamba1_dt_rank
 from megatron_adamba.blueprint.nest import block_rows
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ NOTHING = Traffic()
 
 
 def micro_batch_traffic(
-    config: ModelConfig,
+    config: ResolvedModel,
     widths: Sequence[int],
     exit_layer: int,
     batch: int,
@@ -104,7 +104,7 @@ def micro_batch_traffic(
     return total + ranks.norm_backward(hidden) + ranks.head(hidden)
 
 
-def _parts(config: ModelConfig, letter: str, width: int) -> Iterator[tuple[int, int]]:
+def _parts(config: ResolvedModel, letter: str, width: int) -> Iterator[tuple[int, int]]:
     """(channels that it reads and writes, channels that are summed up inside) of each sub-layer of a block."""
     if letter == "T":
         yield width, 0

@@ -17,7 +17,7 @@ from megatron_adamba.checkpoint.offline import (
     find_checkpoint,
     open_checkpoint,
 )
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import TOKENIZER_FILES, TOKENIZER_NOTE
 from megatron_adamba.errors import CheckpointError, ConfigError
 
@@ -27,7 +27,7 @@ class CanonicalSource:
     """Names and shapes of all its weights are those of its config's model."""
 
     opened: OpenCheckpoint
-    config: ModelConfig
+    config: ResolvedModel
     """resolved"""
 
     def read(self, name: str) -> Tensor:
@@ -57,7 +57,7 @@ def open_canonical(folder: Path) -> CanonicalSource:
     return CanonicalSource(opened, config)
 
 
-def require_whole(config: ModelConfig, folder: Path, operation: str) -> None:
+def require_whole(config: ResolvedModel, folder: Path, operation: str) -> None:
     """For operations that take the widest row of the nest for all there is. Raises ConfigError with a way out."""
     hidden, widest = config.hidden_size, config.nest[-1]
     if config.layer_widths is not None or widest.width != hidden:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.root import read_model_config, read_run_config
-from megatron_adamba.data.loader import to_micro_batch
+from megatron_adamba.data.loader import MicroBatch, to_micro_batch
 from megatron_adamba.data.packed import UNSCORED, Sample
 from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.errors import ConfigError, TokenizerError
@@ -94,7 +94,7 @@ def compare_models(
     return Comparison(tokens, vocab, worst.item(), mean.item(), losses[0].item(), losses[1].item())
 
 
-def _logits(model: AdambaModel, plan: ElasticPlan, batch: dict, device: torch.device) -> Tensor:
+def _logits(model: AdambaModel, plan: ElasticPlan, batch: MicroBatch, device: torch.device) -> Tensor:
     """[batch * seq, vocab] in fp32."""
     tokens = batch["tokens"].to(device)
     seq_idx = batch["seq_idx"].to(device) if batch["packed"] else None

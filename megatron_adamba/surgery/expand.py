@@ -13,7 +13,7 @@ from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.blueprint.growth import AxisGrowth, growth_of
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.model.init import initial_tensor
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical, require_whole
 from megatron_adamba.surgery.expand_config import ADD_HEADS, Sizes, grown_config
@@ -62,7 +62,7 @@ class _Growth:
     """One expansion."""
 
     source: CanonicalSource
-    config: ModelConfig
+    config: ResolvedModel
     axes: dict[str, tuple[AxisGrowth, ...]]
     noise: Noise
 

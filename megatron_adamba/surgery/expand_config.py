@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from math import gcd
+from typing import Any
 
 from megatron_adamba.blueprint.gates import whole_width
 from megatron_adamba.blueprint.growth import sizes_of
 from megatron_adamba.blueprint.nest import copy_rows, round_up
 from megatron_adamba.blueprint.resolve import resolve_model
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import ConfigError
 
 ADD_HEADS, GROW_DIM = "add-heads", "grow-dim"
@@ -28,12 +30,13 @@ class Sizes:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def grown_config(old: ModelConfig, hidden: int, heads: str, sizes: Sizes) -> ModelConfig:
+def grown_config(old: ResolvedModel, hidden: int, heads: str, sizes: Sizes) -> ResolvedModel:
     """The resolved config of the wider model; its nest is the old one and a row more. Raises ConfigError."""
     if hidden <= old.hidden_size:
         raise ConfigError(f"--hidden {hidden}: the source has {old.hidden_size} already; give more, for example "
                           f"--hidden {old.hidden_size + old.hidden_size // 4}")  # fmt: skip
-    changes = _with_more_heads(old, hidden, sizes) if heads == ADD_HEADS else _with_larger_heads(old, hidden, sizes)
+    grown = _with_more_heads if heads == ADD_HEADS else _with_larger_heads
+    changes: dict[str, Any] = grown(old, hidden, sizes)
     if "T" in old.block_pattern or old.mamba_use_mlp:
         changes["ffn_size"] = _grown_rows("--ffn-size", old.ffn_size, sizes.ffn_size, old, hidden)
     else:
@@ -51,14 +54,14 @@ def grown_config(old: ModelConfig, hidden: int, heads: str, sizes: Sizes) -> Mod
         ffn=changes["ffn_size"],
         expert_ffn=changes.get("expert_ffn_size", 0),
     )
-    rows = [*copy_rows(old.nest), widest]
+    nest = [*copy_rows(old.nest), widest]
     changes["expanded_from"] = sizes_of(old)
     if old.gate_size:
         changes["estimator_reference"] = whole_width(old)
-    return resolve_model(replace(old, hidden_size=hidden, widths=None, nest=rows, **changes))
+    return resolve_model(replace(old, hidden_size=hidden, widths=None, nest=nest, **changes))
 
 
-def _with_more_heads(old: ModelConfig, hidden: int, sizes: Sizes) -> dict[str, int]:
+def _with_more_heads(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict[str, Any]:
     groups = sizes.num_kv_groups
     if groups is None:
         if old.num_kv_groups * hidden % old.hidden_size:
@@ -74,7 +77,7 @@ def _with_more_heads(old: ModelConfig, hidden: int, sizes: Sizes) -> dict[str, i
     return {"num_kv_groups": groups, "num_heads": old.num_heads // old.num_kv_groups * groups}
 
 
-def _with_larger_heads(old: ModelConfig, hidden: int, sizes: Sizes) -> dict:
+def _with_larger_heads(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict[str, Any]:
     if sizes.num_kv_groups not in (None, old.num_kv_groups):
         raise ConfigError(f"--num-kv-groups {sizes.num_kv_groups}: --heads {GROW_DIM} adds none; leave the flag out")
     if old.head_dim * hidden % (2 * old.hidden_size):
@@ -90,7 +93,7 @@ def _with_larger_heads(old: ModelConfig, hidden: int, sizes: Sizes) -> dict:
     }
 
 
-def _grown_rows(flag: str, rows: int, given: int | None, old: ModelConfig, hidden: int) -> int:
+def _grown_rows(flag: str, rows: int, given: int | None, old: ResolvedModel, hidden: int) -> int:
     granule = old.ffn_granule
     if given is None:
         return round_up(-(-rows * hidden // old.hidden_size), granule)
@@ -100,7 +103,7 @@ def _grown_rows(flag: str, rows: int, given: int | None, old: ModelConfig, hidde
     return given
 
 
-def _grown_mamba(old: ModelConfig, hidden: int, sizes: Sizes) -> dict[str, int]:
+def _grown_mamba(old: ResolvedModel, hidden: int, sizes: Sizes) -> dict[str, int]:
     """Whole groups more: the norm behind the scan is one of each group. Mamba-1 grows channel by channel, by itself."""
     wanted = sizes.mamba_num_groups
     if "M" not in old.block_pattern or old.mamba_version == 1:

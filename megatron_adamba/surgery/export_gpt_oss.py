@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.export_tokenizer import published_text
@@ -44,7 +44,7 @@ def export_hugging_face(source: Path, dtype: torch.dtype | None = None) -> Job:
     return Job(plan, values, history, PROMISE, contents=text.files)
 
 
-def check_exportable(config: ModelConfig, source: Path) -> None:
+def check_exportable(config: ResolvedModel, source: Path) -> None:
     """Raises CheckpointError naming the first setting that GptOssForCausalLM cannot express."""
     if strange := set(config.block_pattern) - {"E"}:
         raise CheckpointError(

@@ -16,6 +16,7 @@ from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import attention_windows, resolve_model
 from megatron_adamba.checkpoint.history import extended_history
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.surgery.canonical_source import CanonicalSource, open_canonical
 from megatron_adamba.surgery.export_tokenizer import published_text
@@ -69,7 +70,7 @@ def export_hugging_face_nanochat(source: Path, dtype: torch.dtype | None = None)
     widest = torch.float32 if any(tensor.dtype == torch.float32 for tensor in plan) else torch.bfloat16
     text = published_text(old)
     values = to_transformers_config(old.config, TORCH_NAMES[widest]) | text.settings
-    history = extended_history(source, "export hf", {"dtype": TORCH_NAMES.get(dtype)}, "canonical")
+    history = extended_history(source, "export hf", {"dtype": _named(dtype)}, "canonical")
     return Job(plan, values, history, PROMISE, contents=text.files)
 
 
@@ -84,12 +85,16 @@ def export_nanochat(source: Path, step: int = 0, dtype: torch.dtype | None = Non
     read = lambda: read_metadata(source, to_metadata(old.config, step), CodeSettings(), None)
     check_exportable(old.config, source, "nanochat's first release", read)
     plan = _Exporter(old, OWN, dtype).plan()
-    arguments = {"step": step, "dtype": TORCH_NAMES.get(dtype)}
+    arguments = {"step": step, "dtype": _named(dtype)}
     history = extended_history(source, "export nanochat", arguments, "canonical")
     return Job(plan, to_metadata(old.config, step), history, PROMISE, old.tokenizer_files())
 
 
-def check_exportable(config: ModelConfig, source: Path, target: str, read_back: Callable[[], ModelConfig]) -> None:
+def _named(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else TORCH_NAMES.get(dtype)
+
+
+def check_exportable(config: ResolvedModel, source: Path, target: str, read_back: Callable[[], ModelConfig]) -> None:
     """Whether what is written would be read as the same model.
 
     read_back: the model of the settings that are about to be written. Raises CheckpointError naming the first setting

@@ -131,7 +131,7 @@ def _byte_pairs(ranks: dict[bytes, int], pattern: str | None) -> Any:
     merges = [(spell(first), spell(second)) for first, second in _merges(ranks)]
     vocabulary = {spell(piece): rank for piece, rank in ranks.items()}
     made = Library(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     if pattern is not None:
         advice = "give the model's tokenizer one without it, for example that of cl100k_base"
         with library_failures(f"its splitting pattern has {{reason}}, which transformers has no word for; {advice}"):

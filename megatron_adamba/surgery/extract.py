@@ -14,7 +14,7 @@ from megatron_adamba.blueprint.gates import stored_manifest
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.elastic.sampler import earliest_exit
 from megatron_adamba.errors import ConfigError
@@ -53,7 +53,7 @@ def extract(
     return Job(tensors, values, history, _promise(old.config, plan), old.tokenizer_files())
 
 
-def _extracted_config(old: ModelConfig, plan: ElasticPlan) -> ModelConfig:
+def _extracted_config(old: ResolvedModel, plan: ElasticPlan) -> ResolvedModel:
     own = list(plan.widths[: plan.exit_layer])
     letters = old.block_pattern[: plan.exit_layer]
     rows = [replace(row) for row in old.nest if row.width <= max(own)]
@@ -113,7 +113,7 @@ def _leading(spec: ParamSpec, old: CanonicalSource, folder: TensorFolder, verify
     return PlannedTensor(spec.name, spec.shape, old.dtype(spec.name), origin, read)
 
 
-def _promise(old: ModelConfig, plan: ElasticPlan) -> str:
+def _promise(old: ResolvedModel, plan: ElasticPlan) -> str:
     left = range(plan.exit_layer, old.num_layers)
     if not left:
         return _PROMISE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_adamba.blueprint.manifest import ParamSpec
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.surgery.gpt_oss_config import HUGGING_FACE, OPENAI
 
 
@@ -117,14 +117,14 @@ LAYOUTS = {
 }
 
 
-def fused_rows(config: ModelConfig, part: str) -> tuple[int, int]:
+def fused_rows(config: ResolvedModel, part: str) -> tuple[int, int]:
     """First row and the row behind the last of q, k or v in OpenAI's fused matrix."""
     query, key = config.num_heads * config.head_dim, config.num_kv_groups * config.head_dim
     starts = {"q": (0, query), "k": (query, query + key), "v": (query + key, query + 2 * key)}
     return starts[part]
 
 
-def source_shape(config: ModelConfig, spec: ParamSpec, place: Place, transposed: bool) -> tuple[int, ...]:
+def source_shape(config: ResolvedModel, spec: ParamSpec, place: Place, transposed: bool) -> tuple[int, ...]:
     """Shape of the whole source tensor that holds `spec`, where it is not MXFP4."""
     shape = list(spec.shape)
     if place.part in ("q", "k", "v"):

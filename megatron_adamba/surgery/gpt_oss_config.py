@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.settings import Settings
 
@@ -176,7 +177,7 @@ def _rope(s: Settings) -> dict[str, Any]:
     return found
 
 
-def to_hugging_face(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
+def to_hugging_face(config: ResolvedModel, dtype_name: str) -> dict[str, Any]:
     """config.json of transformers' GptOssForCausalLM for a model that `check_exportable` let through."""
     words = {letter: word for word, letter in LETTERS.items()}
     letters = (config.window_pattern * config.num_layers)[: config.num_layers]

@@ -15,7 +15,7 @@ from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.pattern import parse_pattern
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.elastic.sampler import earliest_exit
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.model.init import initial_tensor
@@ -53,7 +53,7 @@ def graft(source: Path, pattern: str, mamba: dict[str, Any], seed: int) -> Job:
     return Job(tuple(plan), values, history, PROMISE, old.tokenizer_files())
 
 
-def _grafted_config(old: ModelConfig, pattern: str, mamba: dict[str, Any]) -> ModelConfig:
+def _grafted_config(old: ResolvedModel, pattern: str, mamba: dict[str, Any]) -> ResolvedModel:
     try:
         letters = "".join(parse_pattern(pattern, None))
     except ConfigError as error:
@@ -76,7 +76,7 @@ def _grafted_config(old: ModelConfig, pattern: str, mamba: dict[str, Any]) -> Mo
         raise ConfigError(_as_flags(str(error))) from None
 
 
-def _layer_widths(old: ModelConfig, letters: str) -> list[int] | None:
+def _layer_widths(old: ResolvedModel, letters: str) -> list[int] | None:
     """Old blocks keep theirs, where they have them; new ones take the largest."""
     if old.layer_widths is None:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError
 from megatron_adamba.surgery.end_tokens import published_end_tokens
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, Layout, Place, fused_rows, source_shape
@@ -65,7 +65,7 @@ def _folders(source: Path, layout: str) -> list[Path]:
 class _Importer:
     source: TensorFolder
     layout: Layout
-    config: ModelConfig
+    config: ResolvedModel
 
     def plan(self) -> tuple[PlannedTensor, ...]:
         """Every canonical tensor; every tensor of the source is used, or the first that is not is named."""
@@ -102,7 +102,8 @@ class _Importer:
     def _plain(self, spec: ParamSpec, place: Place, used: set[str]) -> PlannedTensor:
         shape = source_shape(self.config, spec, place, transposed=False)
         dtype = self._claim(place.name, shape, used, (torch.bfloat16, torch.float32))
-        origin, make = _origin(place, place.name), partial(self.source.read, place.name)
+        origin = _origin(place, place.name)
+        make: Callable[[], Tensor] = partial(self.source.read, place.name)
         if place.part in ("q", "k", "v"):
             first, stop = fused_rows(self.config, place.part)
             origin = f"{place.name}, rows {first} to {stop - 1}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.checkpoint.history import extended_history
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.data.rank_encodings import NANOCHAT
 from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.surgery.end_tokens import named_end_tokens, published_end_tokens
@@ -59,7 +59,7 @@ def import_nanochat(
     promise = PROMISE
     if padding := file.entries[OWN.place("embedding.weight")].info.shape[0] - config.vocab_size:
         promise += f"; {padding} padding rows of the vocabulary are left out"
-    arguments = {"step": int(re.sub(r"\D", "", path.stem)), "rope_base": config.rope_theta}
+    arguments: dict[str, Any] = {"step": int(re.sub(r"\D", "", path.stem)), "rope_base": config.rope_theta}
     arguments |= {"softcap": config.logit_softcap, "window": config.sliding_window and config.sliding_window - 1}
     found = import_tokenizer([source], as_choice(tokenizer), config.vocab_size, NANOCHAT)
     # at these its own code ends a turn
@@ -107,7 +107,7 @@ def _job(
     source: Path,
     operation: str,
     plan: tuple[PlannedTensor, ...],
-    config: ModelConfig,
+    config: ResolvedModel,
     promise: str,
     arguments: dict[str, Any],
     layout: Layout,
@@ -119,7 +119,7 @@ def _job(
     return Job(plan, values, history, promise, contents=found.contents, note=found.note)
 
 
-def _plan(source: Source, claims: Claims, layout: Layout, config: ModelConfig) -> tuple[PlannedTensor, ...]:
+def _plan(source: Source, claims: Claims, layout: Layout, config: ResolvedModel) -> tuple[PlannedTensor, ...]:
     """Every canonical tensor; every tensor of the source is used, or the first that is not is named."""
     planned = tuple(
         new_gain(spec) if spec.group == "gain" else _tensor(source, claims, layout, spec) for spec in manifest(config)

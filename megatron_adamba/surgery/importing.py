@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_adamba.blueprint.manifest import ParamSpec
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import TOKENIZER_FILES
 from megatron_adamba.data.tokenizer import load_tokenizer
 from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
@@ -36,7 +37,7 @@ class Source(Protocol):
     def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
-def with_nest(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> ModelConfig:
+def with_nest(config: ModelConfig, path: Path, widths: Sequence[int] | None) -> ResolvedModel:
     """The config that `path` holds, resolved, with a nest of `widths`; None takes 1/16, 1/4, 1/2 and all of the hidden
     size where these are whole numbers, else all of it. Raises CheckpointError naming the file, ConfigError (widths)."""
     try:

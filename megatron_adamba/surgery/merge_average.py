@@ -72,10 +72,10 @@ def _check_same(first: CanonicalSource, other: CanonicalSource, first_folder: Pa
                 f"{folder}: model.{name} is {theirs[name]}, {first_folder} has {value}; "
                 f"merge checkpoints of the same model"
             )
-    hashes = [source.opened.config.get("tokenizer_hash") for source in (first, other)]
-    if None not in hashes and hashes[0] != hashes[1]:
+    mine, its = (source.opened.config.get("tokenizer_hash") for source in (first, other))
+    if mine is not None and its is not None and mine != its:
         raise TokenizerError(
-            f"{folder}: was trained with another tokenizer than {first_folder} ({hashes[1][:12]}, {hashes[0][:12]}); "
+            f"{folder}: was trained with another tokenizer than {first_folder} ({its[:12]}, {mine[:12]}); "
             f"merge checkpoints of the same tokenizer"
         )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import CheckpointError, ConfigError
 from megatron_adamba.surgery.settings import Settings
 
@@ -28,7 +29,15 @@ class CodeSettings:
     """keys before a token's own that a layer S of the window pattern sees"""
 
 
-RELEASE = CodeSettings(rope_base=10000.0, qk_scale=1.0, softcap=15.0)
+class _Complete(CodeSettings):
+    """With nothing left to be given."""
+
+    rope_base: float
+    qk_scale: float
+    softcap: float
+
+
+RELEASE = _Complete(rope_base=10000.0, qk_scale=1.0, softcap=15.0)
 """of the first release, October 2025"""
 
 
@@ -68,7 +77,7 @@ def read_metadata(path: Path, values: dict[str, Any], given: CodeSettings, newer
     return config
 
 
-def _complete(given: CodeSettings, newer: str | None, path: Path) -> CodeSettings:
+def _complete(given: CodeSettings, newer: str | None, path: Path) -> _Complete:
     """The release's settings where nothing else was given, if the checkpoint is one of its kind."""
     examples = {"rope_base": "10000", "qk_scale": "1", "softcap": "15"}
     missing = [name for name in examples if getattr(given, name) is None]
@@ -79,7 +88,8 @@ def _complete(given: CodeSettings, newer: str | None, path: Path) -> CodeSetting
             f"{', '.join(map(flag, missing))}: {newer} makes {path} newer than October 2025, and since then these "
             f"changed without a trace in the files; look them up in the code that trained it, for example {example}"
         )
-    code = replace(given, **{name: getattr(RELEASE, name) for name in missing})
+    known = {name: value for name, value in vars(given).items() if value is not None}
+    code = _Complete(**{**vars(RELEASE), **known})
     if not 0 < code.rope_base < math.inf:
         raise ConfigError(f"--rope-base {code.rope_base}: must be above 0 and finite, for example --rope-base 10000")
     if not 0 <= code.softcap < math.inf:
@@ -115,7 +125,7 @@ def _windows(s: Settings, layers: int, window: int | None) -> tuple[str, int | N
     return pattern, window + 1
 
 
-def to_metadata(config: ModelConfig, step: int) -> dict[str, Any]:
+def to_metadata(config: ResolvedModel, step: int) -> dict[str, Any]:
     """meta_NNNNNN.json of the first release."""
     return {
         "step": step,
@@ -179,7 +189,7 @@ def _rope_theta(s: Settings) -> float:
     return theta
 
 
-def to_transformers_config(config: ModelConfig, dtype_name: str) -> dict[str, Any]:
+def to_transformers_config(config: ResolvedModel, dtype_name: str) -> dict[str, Any]:
     """config.json of transformers' NanoChatForCausalLM."""
     values = {
         "architectures": [ARCHITECTURE],
@@ -207,7 +217,8 @@ def to_transformers_config(config: ModelConfig, dtype_name: str) -> dict[str, An
 
 def _model(layers: int, **settings: Any) -> ModelConfig:
     """What all nanochat models share, and `settings`."""
-    common = {"activation": "relu2", "rope_sign": -1, "qk_norm": True, "embedding_norm": True, "norm_weight": False}
+    common: dict[str, Any] = {"activation": "relu2", "rope_sign": -1, "qk_norm": True}
+    common |= {"embedding_norm": True, "norm_weight": False}
     # a width's MLP is cut in granules; one that divides its rows makes any size a model of ours
     granule = math.gcd(GRANULE, settings["ffn_size"]) or GRANULE
     return ModelConfig(block_pattern="T" * layers, ffn_granule=granule, **common, **settings)

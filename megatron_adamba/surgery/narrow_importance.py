@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.data.loader import MicroBatch
 from megatron_adamba.elastic.plan import uniform_plan
 from megatron_adamba.layers.moe.experts import Experts
@@ -57,13 +57,13 @@ def measure_narrow(model: AdambaModel, batches: Iterable[MicroBatch]) -> Importa
     return result
 
 
-def _with_all_units(config: ModelConfig) -> ModelConfig:
+def _with_all_units(config: ResolvedModel) -> ResolvedModel:
     widest = config.nest[-1]
     units = {"kv_groups": widest.kv_groups, "ffn": widest.ffn, "expert_ffn": widest.expert_ffn}
     return replace(config, nest=[replace(row, **units) for row in config.nest])
 
 
-def _watch(name: str, module: nn.Module, caught: list[Caught], config: ModelConfig) -> list:
+def _watch(name: str, module: nn.Module, caught: list[Caught], config: ResolvedModel) -> list:
     """Hooks that only look."""
     block = int(name.split(".")[1]) if name.startswith("blocks.") else -1
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 
 _BY_LEAF = {
     "q_weight": ("query", "hidden"),
@@ -95,7 +95,7 @@ class Order:
         return torch.stack([part.index_select(axis - 1, own) for part, own in zip(tensor, order)])
 
 
-def random_order(config: ModelConfig, seed: int) -> Order:
+def random_order(config: ResolvedModel, seed: int) -> Order:
     """Of everything that `Order` can move in a resolved config's model, at once."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = lambda size: torch.randperm(size, generator=generator)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_adamba.blueprint.nest import block_rows, largest_widths, nearest_width
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.errors import ConfigError
 
 
 def requested_plan(
-    config: ModelConfig, folder: Path, width: int | None, widths: list[int] | None, exit_layer: int | None
+    config: ResolvedModel, folder: Path, width: int | None, widths: list[int] | None, exit_layer: int | None
 ) -> ElasticPlan:
     """What runs at --width W, or at --widths, one a block that runs or one a block, up to --exit-layer.
 
@@ -46,7 +46,7 @@ def requested_plan(
     return ElasticPlan(tuple(rows[index][each].width for index, each in enumerate(widths)), runs)
 
 
-def _check_width(flag: str, width: int, config: ModelConfig, folder: Path) -> None:
+def _check_width(flag: str, width: int, config: ResolvedModel, folder: Path) -> None:
     known = [row.width for row in config.nest]
     if width not in known:
         flag = f"{flag} {width}" if flag == "--width" else f"{flag}: {width}"

@@ -119,9 +119,9 @@ class TensorFolder:
         return out
 
 
-def _read_exactly(stream: io.RawIOBase, buffer: Tensor, start: int) -> None:
+def _read_exactly(stream: io.FileIO, buffer: Tensor, start: int) -> None:
     """Fill a tensor of bytes. Raises CheckpointError where the file ends before."""
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     while view:
         count = os.preadv(stream.fileno(), [view], start)
         if count == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ class Job:
     """An operation that has been checked and waits to be written."""
 
     tensors: tuple[PlannedTensor, ...]
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     """the new config.json"""
     history: list[dict[str, Any]]
     promise: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def first_whole(candidates: Sequence[Path]) -> tuple[Path | None, list[Checkpoin
     share, failures = (dist.get_rank(), dist.get_world_size()), []
     for folder in candidates:
         try:
-            together(lambda folder=folder: _check_whole(folder, share))
+            together(partial(_check_whole, folder, share))
         except CheckpointError as error:
             failures.append(error)
             continue
@@ -130,7 +131,7 @@ def _check_order(run: Run, state: dict[str, Any], folder: Path, counters: dict[s
 
 
 def _checked_state(run: Run, folder: Path) -> dict[str, Any]:
-    state = read_state(folder)
+    state: dict[str, Any] = {**read_state(folder)}
     ours, theirs = run.plan.config.to_dict()["model"], state["config"]["model"]
     if not theirs.get("gate_size"):
         theirs = theirs | {"gate_size": ours["gate_size"]}

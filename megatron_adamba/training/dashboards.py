@@ -67,11 +67,11 @@ class TensorBoard:
 
         # what a run wrote behind the step that it goes on from is taken back
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-        layout = {"held out": {}}
+        charts = {}
         for tag in _EVALUATED.values():
-            layout["held out"][f"{tag}, all widths"] = ["Multiline", [f"{tag}/width_.*"]]
-            layout["held out"][f"{tag}, all exits"] = ["Multiline", [f"{tag}/exit_.*"]]
-        self._writer.add_custom_scalars(layout)
+            charts[f"{tag}, all widths"] = ["Multiline", [f"{tag}/width_.*"]]
+            charts[f"{tag}, all exits"] = ["Multiline", [f"{tag}/exit_.*"]]
+        self._writer.add_custom_scalars({"held out": charts})
         for name, text in _texts(config, description).items():
             # four spaces make it a block that keeps its lines
             self._writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), first_step)

@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_adamba.blueprint.manifest import GROUPS, ParamSpec, manifest
 from megatron_adamba.blueprint.phases import frozen_specs
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.rules import one_of
 from megatron_adamba.config.sections import TrainConfig
 from megatron_adamba.errors import ConfigError
@@ -38,7 +38,7 @@ def freeze_groups(
     return sum(spec.numel for spec in frozen)
 
 
-def frozen_names(config: ModelConfig, train: TrainConfig) -> set[str]:
+def frozen_names(config: ResolvedModel, train: TrainConfig) -> set[str]:
     """Parameters of a resolved config that do not train, by name. Raises ConfigError for an unknown group."""
     _check_names(train.freeze)
     return {spec.name for spec in frozen_specs(manifest(config), train.freeze, train.phase)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.gates import expansion_layers
 from megatron_adamba.blueprint.phases import PHASES_WITH_EXITS
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import GatesConfig, default_predictor
 from megatron_adamba.data.documents import prompt_spans
@@ -31,7 +31,7 @@ def gates_train(config: AdambaConfig) -> bool:
 class GateSetup:
     """The same on every rank; holds no state that moves."""
 
-    model: ModelConfig
+    model: ResolvedModel
     gates: GatesConfig
     trains: bool
     """False: the gates are carried along as they are"""

@@ -119,12 +119,13 @@ class GateTrainer:
 
     def _average_gradients(self) -> None:
         replicas = self.topology.size("dp")
+        grads = []
         for parameter in self.gates.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
         if replicas == 1:
             return
-        grads = [parameter.grad for parameter in self.gates.parameters()]
         together = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(together, group=self.topology.group("dp"))
         for grad, part in zip(grads, together.div_(replicas).split([grad.numel() for grad in grads])):
@@ -178,7 +179,9 @@ class GateTrainer:
         rest = ((place >= start + read) & (place < end) & one.taps.scored[:, None]).float()
         tokens = rest.sum(-1)
         kept = tokens > 0
-        losses = one.taps.token_losses if original else one.taps.token_losses - one.full.token_losses
+        losses = one.taps.token_losses
+        if one.full is not None and not original:
+            losses = losses - one.full.token_losses
         mean = (rest @ losses.float().unsqueeze(-1)).squeeze(-1) / tokens.clamp(min=1)
         scores = self.gates.scores(one.taps.mean_embeddings)
         if original:

@@ -86,12 +86,14 @@ def _cut_back(path: Path, first_step: int, final: bool) -> None:
     """Leaves the lines up to `first_step`, none for 0; all others go to the end of `metrics-set-aside.jsonl`."""
     if not path.exists():
         return
-    kept, aside = [], []
+    kept: list[bytes] = []
+    aside: list[bytes] = []
     for record, line in _lines(path):
-        keep = record is not None and 0 < record["step"] <= first_step
-        if keep and final and record["step"] == first_step:
+        keep = False
+        if record is not None and 0 < record["step"] <= first_step:
             # a finished run that is started again evaluates its last step once more
-            keep = record.keys().isdisjoint(("eval_width", "eval_exit"))
+            again = final and record["step"] == first_step
+            keep = not again or record.keys().isdisjoint(("eval_width", "eval_exit"))
         (kept if keep else aside).append(line + b"\n")
     if not aside and path.read_bytes()[-1:] not in (b"", b"\n"):
         # a line that was cut right before its end

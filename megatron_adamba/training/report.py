@@ -14,7 +14,8 @@ from megatron_adamba.blueprint.stages import StagePlan
 from megatron_adamba.blueprint.summary import summarize, summarize_stages
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.depth import REASONS
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig, read_run_config
 from megatron_adamba.config.sections import TrainConfig
 from megatron_adamba.evaluation.widths import EvaluationRow
@@ -41,12 +42,12 @@ def print_config(console: Console, config: AdambaConfig, sources: dict[str, str]
 def _as_yaml(value: Any) -> str:
     """In one line."""
     if isinstance(value, list):
-        value = [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]
+        value = [dataclasses.asdict(item) if isinstance(item, NestRow) else item for item in value]
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> None:
+def print_summary(console: Console, config: ResolvedModel, train: TrainConfig) -> None:
     """Parameters by component and FLOPs per token at every width."""
     summary = summarize(config, train.seq_len, frozen_names(config, train))
     table = Table(title=f"{config.num_layers} blocks, hidden size {config.hidden_size}: {summary['blocks']}")
@@ -77,7 +78,7 @@ def print_summary(console: Console, config: ModelConfig, train: TrainConfig) -> 
 
 
 def print_stages(
-    console: Console, config: ModelConfig, stages: StagePlan, train: TrainConfig, micro_steps: int
+    console: Console, config: ResolvedModel, stages: StagePlan, train: TrainConfig, micro_steps: int
 ) -> None:
     """What each rank of a pipeline holds, and how long it waits."""
     rows = summarize_stages(config, stages, train.seq_len, frozen_names(config, train))

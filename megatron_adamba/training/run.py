@@ -21,7 +21,7 @@ from megatron_adamba.config.ds_config import (
     read_ds_config,
     zero_stage,
 )
-from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.resolved import ResolvedConfig
 from megatron_adamba.config.rules import folder_to_write
 from megatron_adamba.config.sections import default_predictor
 from megatron_adamba.data.blend import build_dataset, open_dataset
@@ -44,7 +44,7 @@ from megatron_adamba.parallel.topology import RankGrid, Topology, build_topology
 from megatron_adamba.training.freeze import freeze_groups
 from megatron_adamba.training.gate_setup import GateSetup, gates_train
 from megatron_adamba.training.gates import GateTrainer
-from megatron_adamba.training.run_tokenizer import run_tokenizer
+from megatron_adamba.training.run_tokenizer import named_tokenizer, run_tokenizer
 from megatron_adamba.training.start import check_start, find_resume, load_start
 
 
@@ -52,8 +52,7 @@ from megatron_adamba.training.start import check_start, find_resume, load_start
 class RunPlan:
     """What is known before any process group or weight exists."""
 
-    config: AdambaConfig
-    """resolved: nothing of the model is left to derive"""
+    config: ResolvedConfig
     ds_config: dict[str, Any]
     specs: tuple[ParamSpec, ...]
     tokenizer: Tokenizer
@@ -99,8 +98,7 @@ class Run:
 def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     """Check everything that can be checked at parse time. Raises ConfigError, TokenizerError, CheckpointError."""
     config = parsed.config
-    if config.data.tokenizer is None:
-        raise ConfigError("--data.tokenizer: not given; try --data.tokenizer bytes")
+    named_tokenizer(config)
     if not config.data.train:
         raise ConfigError("--data.train: no dataset given; for example --data.train runs/quickstart/data/train")
     folder_to_write("--logging.run_dir", config.logging.run_dir)
@@ -115,7 +113,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
     tokenizer, note = run_tokenizer(config, named_by_user)
     if config.checkpoint.init_from is not None:
         check_start(config.checkpoint.init_from, tokenizer)
-    config = replace(config, model=resolve_model(config.model, tokenizer.vocab_size))
+    config = ResolvedConfig(**{**vars(config), "model": resolve_model(config.model, tokenizer.vocab_size)})
     if config.train.phase == 3 and config.model.expanded_from is None:
         raise ConfigError(
             "--train.phase 3: goes on with a model that was made wider, and this one was not; start from one with "
@@ -166,7 +164,7 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     return Run(plan, session, dataset, sampler, validation, frozen, history, setup, gates, resume_from, order)
 
 
-def _with_gates(config: AdambaConfig) -> AdambaConfig:
+def _with_gates(config: ResolvedConfig) -> ResolvedConfig:
     """Where gates train, the model with them, and what they were trained for in so many words. Raises ConfigError."""
     gates, elastic = config.gates, config.elastic
     if not gates_train(config):
@@ -233,7 +231,9 @@ def _experts_train(plan: RunPlan) -> bool:
 
 def _open_data(plan: RunPlan) -> tuple[Any, EvaluationBatches | None]:
     config = plan.config
-    dataset = build_dataset(config.data.train, config.train.seq_len, config.train.seed, plan.tokenizer)
+    dataset = build_dataset(
+        [str(word) for word in config.data.train], config.train.seq_len, config.train.seed, plan.tokenizer
+    )
     return dataset, _validation(plan)
 
 
@@ -243,6 +243,6 @@ def _validation(plan: RunPlan) -> EvaluationBatches | None:
         return None
     if len(config.data.validation) > 1:
         raise ConfigError("--data.validation: is evaluated as one dataset; give one prefix, without a weight")
-    indexed = open_dataset(config.data.validation[0], plan.tokenizer, "--data.validation", "--data.tokenizer")
+    indexed = open_dataset(str(config.data.validation[0]), plan.tokenizer, "--data.validation", "--data.tokenizer")
     train = config.train
     return evaluation_batches(indexed, train.seq_len, train.micro_batch_size, plan.tokenizer.eod_id, train.eval_tokens)

@@ -12,7 +12,7 @@ from megatron_adamba.checkpoint.training import read_state, save_training_checkp
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_adamba.data.tokenizer_options import FOLDER_FLAGS, RUN_FLAGS
-from megatron_adamba.errors import CheckpointError, TokenizerError
+from megatron_adamba.errors import CheckpointError, ConfigError, TokenizerError
 
 _CHOICE = ("tokenizer", "eod_token", "split_pattern")
 """settings of the data section that choose a tokenizer"""
@@ -23,26 +23,35 @@ def saving_with_tokenizer(tokenizer: Tokenizer) -> Write:
     return partial(save_training_checkpoint, carried=tokenizer.carried())
 
 
+def named_tokenizer(config: AdambaConfig) -> str:
+    """`--data.tokenizer`. Raises ConfigError where it is not given."""
+    if config.data.tokenizer is None:
+        raise ConfigError("--data.tokenizer: not given; try --data.tokenizer bytes")
+    return config.data.tokenizer
+
+
 def run_tokenizer(config: AdambaConfig, named_by_user: bool) -> tuple[Tokenizer, str]:
     """The tokenizer and what to say about it.
 
     A run that goes on under the same settings keeps its tokenizer, whatever has become of the file since.
     named_by_user: whether a published encoding may be downloaded. Raises TokenizerError.
     """
-    data, failure, named = config.data, None, None
+    data, name = config.data, named_tokenizer(config)
+    named: Tokenizer | TokenizerError
     try:
-        named = load_tokenizer(
-            data.tokenizer, data.eod_token, data.split_pattern, flags=RUN_FLAGS, network=named_by_user
-        )
+        named = load_tokenizer(name, data.eod_token, data.split_pattern, flags=RUN_FLAGS, network=named_by_user)
     except TokenizerError as error:
-        failure = error
+        named = error
     kept, folder = _carried_tokenizer(config)
-    if kept is None or (named is not None and named.hash == kept.hash):
-        if failure is not None:
-            raise failure
+    if isinstance(named, TokenizerError):
+        if kept is None:
+            raise named
+        why = "cannot be read any more"
+    elif kept is None or named.hash == kept.hash:
         return named, ""
-    why = "is another one by now" if failure is None else "cannot be read any more"
-    return kept, f"{data.tokenizer} {why}: the run goes on with its own, in {folder}"
+    else:
+        why = "is another one by now"
+    return kept, f"{name} {why}: the run goes on with its own, in {folder}"
 
 
 def _carried_tokenizer(config: AdambaConfig) -> tuple[Tokenizer | None, Path | None]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megatron_adamba.engine.job import JobBoard
 from megatron_adamba.errors import StoppedBySignal
@@ -51,7 +52,7 @@ class StopRequest:
         self._closing = threading.Event()
         self._launcher: int | None = os.getppid()
         self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
@@ -93,11 +94,12 @@ class StopRequest:
             begun, self._begun = self._begun, True
         if not begun:
             self._saved = self._save()
-        while self._saved is None and self._failure is None:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._saved is not None:
+                return self._saved
             time.sleep(_PAUSE / 10)
-        if self._failure is not None:
-            raise self._failure
-        return self._saved
 
     @property
     def requested(self) -> str | None:

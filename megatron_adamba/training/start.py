@@ -14,6 +14,7 @@ from megatron_adamba.checkpoint.keeping import (
     SET_ASIDE,
     bring_back,
     complete_folders,
+    later_than,
     run_id_of,
     step_folders,
     step_of,
@@ -47,7 +48,10 @@ def find_resume(config: AdambaConfig) -> list[Path]:
             _refuse_finished(config)
             return []
         rest = [path for path in reversed(complete_folders(root)) if path != latest]
-        return [latest, *sorted(rest, key=lambda path: step_of(path) > step_of(latest))]
+        step = step_of(latest)
+        # a folder that people named has no place among the steps
+        later = [] if step is None else later_than(root, step)
+        return [latest, *sorted(rest, key=lambda path: path in later)]
     held = step_folders(root)
     if wanted == "never":
         if held:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.checkpoint.background import BackgroundSaver, saving_group
-from megatron_adamba.checkpoint.keeping import checkpoint_name, complete_folders, step_of
+from megatron_adamba.checkpoint.keeping import checkpoint_name, complete_before
 from megatron_adamba.checkpoint.training import together
-from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader
+from megatron_adamba.data.loader import MicroBatch, MicroBatchLoader, model_inputs
 from megatron_adamba.data.packed import UNSCORED
 from megatron_adamba.elastic.plan import ElasticPlan, uniform_plan
 from megatron_adamba.engine.job import JobBoard
@@ -75,11 +75,13 @@ class Trainer:
         self.log = logging.getLogger("megatron_adamba")
         self.ranks_per_replica = topology.size("model")
         self.costs = training_costs(self.config.model, train.seq_len, frozen_names(self.config.model, train))
-        self.flops, self.labels = 0.0, {}
+        self.flops = 0.0
+        self.labels: dict[str, None] = {}
+        """of the step's plans, in their order"""
         self.peak = 1.0
         self.started, self.first_step = 0.0, 0
         self.resumed_from: Path | None = None
-        self.last_batch: MicroBatch = {}
+        self.last_batch: MicroBatch | None = None
         self.loads: dict[int, Tensor] = {}
         self.write_failure: Exception | None = None
         self.saver = BackgroundSaver(saving_group(), saving_with_tokenizer(run.plan.tokenizer))
@@ -88,7 +90,7 @@ class Trainer:
         self.pruning = Pruning(self.config.checkpoint.keep_last, lambda: run.run_id, self._say)
         self.stop = StopRequest(self._save, JobBoard(), self._say, leave)
         self.session.ask_before_update(self.stop.may_update)
-        self.watch: LearningWatch | None = None
+        self.watch: LearningWatch
 
     @property
     def first_rank(self) -> bool:
@@ -154,7 +156,8 @@ class Trainer:
         return MetricsWriter(self.config, self.run.run_dir, self.counters["step"], self._make_dashboards, self.listener)
 
     def _make_dashboards(self) -> list[Dashboard]:
-        logging_, run_dir, made = self.config.logging, self.run.run_dir, []
+        logging_, run_dir = self.config.logging, self.run.run_dir
+        made: list[Dashboard] = []
         if logging_.tensorboard:
             made.append(TensorBoard(self.config, run_dir, self.counters["step"], self.description))
         if logging_.wandb_project:
@@ -194,7 +197,8 @@ class Trainer:
         factor = learning_rate_factor(self.config.optimizer, step, train.steps)
         self.session.set_learning_rates(factor)
         self.flops, self.labels = 0.0, {}
-        plans, spans = [], []
+        plans: list[ElasticPlan] = []
+        spans: list[Tensor] = []
         with self.stop.interruptible():
             report = self.session.train_step(self._micro_steps(batches, step, plans, spans))
         if report.result.refused:
@@ -217,7 +221,7 @@ class Trainer:
             self._say(warning)
         if self.first_rank:
             view.update(record, logged)
-            if logged:
+            if logged and writer is not None:
                 self._write(writer, record)
                 self.log.info("step %d loss %.6f grad_norm %s", record["step"], record["loss"], record["grad_norm"])
 
@@ -250,7 +254,7 @@ class Trainer:
             begun = setup is not None and setup.begun(step)
             # stages agree on the size of what travels once and for all, so in a pipeline states travel from the
             # first step on
-            if begun or (setup is not None and setup.trains and self.session.topology.size("pp") > 1):
+            if setup is not None and (begun or (setup.trains and self.session.topology.size("pp") > 1)):
                 found = setup.spans(batch)
                 taps = setup.request(step, found, self.device)
                 if begun:
@@ -260,7 +264,7 @@ class Trainer:
                 self.labels[plan.label] = None
                 self._count_flops(plan)
                 plans.append(plan)
-                yield MicroStep(**self._inputs(batch), plan=plan, taps=taps, share=share)
+                yield MicroStep(**model_inputs(batch, self.device), plan=plan, taps=taps, share=share)
 
     def _shares(self, batches: list[MicroBatch]) -> Tensor:
         """[micro-batches]: scored tokens of each, over the mean of all micro-batches of the step on all replicas; 1
@@ -275,14 +279,6 @@ class Trainer:
         loads = self.session.mean_over_ranks(torch.stack(list(self.loads.values())).double())
         shares = loads / loads.sum(1, keepdim=True).clamp(min=1e-9) * loads.shape[1]
         return {str(block): [round(share, 4) for share in row] for block, row in zip(self.loads, shares.tolist())}
-
-    def _inputs(self, batch: MicroBatch) -> dict[str, Tensor | None]:
-        move = lambda name: batch[name].to(self.device, non_blocking=True)
-        return {
-            "tokens": move("tokens"),
-            "labels": move("labels"),
-            "seq_idx": move("seq_idx") if batch["packed"] else None,
-        }
 
     def _count_flops(self, plan: ElasticPlan) -> None:
         train = self.config.train
@@ -355,13 +351,14 @@ class Trainer:
             if not self.config.checkpoint.asynchronous:
                 self.saver.finish()
 
-    def _start_saving(self) -> None:
+    def _start_saving(self) -> tuple[int, Path]:
         counters = self.sound_counters
         self.saver.finish()
         self._prune_once_sound()
         start_saving(self.run, self.saver, counters)
         self.saved = counters["step"], checkpoint_root(self.config) / checkpoint_name(counters["step"])
-        self.pruning.saved(self.saved[1])
+        self.pruning.saved(*self.saved)
+        return self.saved
 
     def _prune_once_sound(self) -> None:
         """When a step after the newest checkpoint, which is complete, went well."""
@@ -370,17 +367,19 @@ class Trainer:
 
     def _save(self) -> Path:
         """The checkpoint of the last step that changed weights, finished."""
-        if self.saved is None or self.saved[0] != self.sound_counters["step"]:
-            self._start_saving()
+        saved = self.saved
+        if saved is None or saved[0] != self.sound_counters["step"]:
+            saved = self._start_saving()
         self.saver.finish()
-        return self.saved[1]
+        return saved[1]
 
     def _stop_for_nonfinite(self) -> None:
         plan = self.run.sampler.plan(self.counters["step"] - 1, 0)
 
         def run_batch() -> None:
+            assert self.last_batch is not None
             with torch.no_grad():
-                self.session.position_losses(**self._inputs(self.last_batch), plan=plan)
+                self.session.position_losses(**model_inputs(self.last_batch, self.device), plan=plan)
 
         names = [spec.name for spec in self.run.plan.specs]
         name = first_bad_tensor(self.session.module, names, run_batch)
@@ -391,7 +390,7 @@ class Trainer:
         if name.startswith("weight ") and before == self.first_step and loaded is not None:
             raise NonFiniteError(f"first bad tensor: {name}, as {loaded} holds it; start from another checkpoint")
         root = checkpoint_root(self.config)
-        kept = first_whole([path for path in complete_folders(root) if step_of(path) < before])[0]
+        kept = first_whole(complete_before(root, before))[0]
         raise NonFiniteError(
             f"loss or gradient not finite in {self.counters['skipped_in_a_row']} steps in a row, up to step "
             f"{self.counters['step']}; first bad tensor: {name}; going on unchanged would end here again: try "

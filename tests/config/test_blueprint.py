@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import re
+from dataclasses import asdict, fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +16,11 @@ from megatron_adamba.blueprint.nest import default_nest, row_index
 from megatron_adamba.blueprint.pattern import MAX_BLOCKS, parse_pattern
 from megatron_adamba.blueprint.resolve import attention_windows, resolve_model
 from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.errors import ConfigError
 
 
-def resolved(**changes) -> ModelConfig:
+def resolved(**changes) -> ResolvedModel:
     return resolve_model(ModelConfig(**{"block_pattern": "TM", "vocab_size": 11, **changes}))
 
 
@@ -117,6 +121,18 @@ def test_sizes_are_derived():
     assert resolved(hidden_size=320, activation="swiglu", ffn_granule=2).ffn_size == 854
     assert resolved(hidden_size=192, activation="swiglu", ffn_granule=1).ffn_size == 512
     assert resolve_model(config) == config
+
+
+def test_a_resolved_config_is_the_config_with_every_size():
+    config = resolved(block_pattern="TEM", num_experts=2, experts_per_token=1)
+    plain = ModelConfig(**vars(config))
+    assert config == plain and plain == config and asdict(config) == asdict(plain)
+    assert config != replace(plain, vocab_size=12) and replace(plain, vocab_size=12) != config and config != 3
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):
+        assert type(copied) is ResolvedModel and copied == config
+    known = set(ResolvedModel.__annotations__)
+    assert known <= {entry.name for entry in fields(ModelConfig)}
+    assert not [name for name in known if getattr(config, name) is None]
 
 
 def test_a_model_without_mamba_needs_no_mamba_sizes():

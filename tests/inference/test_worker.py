@@ -54,7 +54,8 @@ def run_all(generation: Generation, requests: list[tuple[str, GenerationRequest]
     told = []
     while left:
         told.append(events.get(timeout=60))
-        left -= told[-1][1].error is not None or told[-1][1].new.finish is not None
+        event = told[-1][1]
+        left -= isinstance(event, Exception) or event.new.finish is not None
     worker.stop()
     assert sorted(generation.free) == list(range(len(generation.free))) and not generation.reading
     return told
@@ -117,4 +118,4 @@ def test_a_prompt_that_is_dropped_or_fails_gives_its_place_back(loaded):
     told = run_all(
         generation, [("a", request(loaded, 7, 1)), ("b", request(loaded, 7, 1)), ("a", request(loaded, 3, 1))]
     )
-    assert [event.error is None for _, event in told] == [False, False, True]
+    assert [isinstance(event, Exception) for _, event in told] == [True, True, False]

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from training.runs import ROOT, arguments, command, environment, losses, train
 
+from megatron_adamba.config.root import AdambaConfig
+from megatron_adamba.config.sections import CheckpointConfig, LoggingConfig
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.training.metrics import _cut_back, read_metrics
 from megatron_adamba.training.run_lock import RunLock
+from megatron_adamba.training.start import find_resume
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,21 @@ def test_a_missing_latest_is_no_fresh_start(data, run, resume):
         assert sorted(losses(run)) == list(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    ("latest", "order"), [("step-00000004", "426"), ("step-00000006", "642"), ("mine", ["mine", *"642"])]
+)
+def test_older_checkpoints_come_before_newer_ones(tmp_path, latest, order):
+    """Where `latest` names a folder that people named, the others come newest first."""
+    root = tmp_path / "checkpoints"
+    for name in ("mine", *(f"step-{step:08d}" for step in (2, 4, 6))):
+        (root / name).mkdir(parents=True)
+        (root / name / "files.json").write_text("{}")
+    (root / "latest").write_text(latest)
+    asked = CheckpointConfig(resume="auto")
+    found = find_resume(AdambaConfig(checkpoint=asked, logging=LoggingConfig(run_dir=str(tmp_path))))
+    assert [path.name.removeprefix("step-0000000") for path in found] == list(order)
+
+
 def test_checkpoints_that_are_all_incomplete_are_no_fresh_start(data, run):
     for path in (run / "checkpoints").glob("step-*"):
         (path / "files.json").unlink()
@@ -173,6 +191,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_adamba.training.run_lock import RunLock
+from megatron_adamba.training.start import find_resume
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(600)

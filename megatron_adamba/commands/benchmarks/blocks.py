@@ -6,6 +6,7 @@ Two architectures, not two ways to compute one function, so no output is compare
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.commands.benchmarks.common import PeakMemory, Row, in_subprocess, seconds
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.model.adamba import AdambaModel
 
 
@@ -32,10 +34,10 @@ def measure(quick: bool) -> list[Row]:
     return rows
 
 
-def build_configs(hidden: int) -> tuple[ModelConfig, ModelConfig]:
+def build_configs(hidden: int) -> tuple[ResolvedModel, ResolvedModel]:
     """T and M. A T block has 12 H^2 weights, an M block about 6 H^2: two M for each T."""
     small = hidden < 128
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": hidden,
         "vocab_size": 256,
         "head_dim": 16 if small else 64,
@@ -50,11 +52,11 @@ def build_configs(hidden: int) -> tuple[ModelConfig, ModelConfig]:
     )
 
 
-def _count(config: ModelConfig) -> int:
+def _count(config: ResolvedModel) -> int:
     return sum(spec.numel for spec in manifest(config) if spec.name.startswith("blocks."))
 
 
-def speed_and_peak(config: ModelConfig, length: int, repeats: int, threads: int) -> tuple[float, float]:
+def speed_and_peak(config: ResolvedModel, length: int, repeats: int, threads: int) -> tuple[float, float]:
     """(tokens per second, MiB above what the process held before the model was built)."""
     torch.set_num_threads(threads)
     peak = PeakMemory()

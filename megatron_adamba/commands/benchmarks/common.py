@@ -79,6 +79,12 @@ def require_small_error(what: str, ours: Tensor, peer: Tensor, tolerance: float)
         raise ComparisonError(f"{what}: ours and the peer differ by {share:.3g} of their norm; nothing was timed")
 
 
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Behind a backward pass that reached it."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def seconds(call: Callable[[], object]) -> float:
     """Wall time of one call."""
     start = time.perf_counter()

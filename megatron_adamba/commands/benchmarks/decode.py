@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.commands.benchmarks.common import TOLERANCE, Row, interleaved, require_close, seconds
 from megatron_adamba.commands.benchmarks.train import build_peer, copy_weights
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.elastic.confidence import GateReading
 from megatron_adamba.elastic.plan import full_plan, uniform_plan
 from megatron_adamba.inference.compute import ComputeMeter
@@ -66,7 +69,7 @@ def measure(quick: bool) -> list[Row]:
 
 def _model(sizes: Sizes, pattern: str, like_nanochat: bool = False) -> AdambaModel:
     """Of a nest of eighths, quarters and halves, with weights away from their zeros at birth."""
-    nanochat = {
+    nanochat: dict[str, Any] = {
         "activation": "relu2",
         "qk_norm": True,
         "rope_sign": -1,
@@ -96,7 +99,7 @@ def _model(sizes: Sizes, pattern: str, like_nanochat: bool = False) -> AdambaMod
     return model
 
 
-def _gates(config: ModelConfig) -> Gates:
+def _gates(config: ResolvedModel) -> Gates:
     """Untrained ones, of which each lets about a quarter of the tokens leave: what it costs, not what it is worth."""
     gates = Gates(config)
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +154,7 @@ def _compare(ours: AdambaModel, peer: nn.Module, sizes: Sizes, dtype: torch.dtyp
         require_close(f"logits of step {place}", got[place], cached.logits[:, -1].float(), TOLERANCE[dtype])
 
 
-def _mode_rows(ours: AdambaModel, peer: nn.Module, sizes: Sizes, batch: int) -> list[Row]:
+def _mode_rows(ours: AdambaModel, peer: Any, sizes: Sizes, batch: int) -> list[Row]:
     prompts, config = _prompts(sizes, batch), ours.config
     policies = {mode: ComputePolicy(uniform_plan(config, mode_width(config, mode))) for mode in MODES}
     policies["adaptive"] = ComputePolicy(full_plan(config), AdaptivePolicy(min_exit_layer=max(1, sizes.layers // 4)))
@@ -168,8 +171,9 @@ def _mode_rows(ours: AdambaModel, peer: nn.Module, sizes: Sizes, batch: int) -> 
         return seconds(lambda: peer.generate(prompts, max_new_tokens=count + 1, **settings)) - one
 
     taken: dict[str, list[float]] = {name: [] for name in (*runs, "peer")}
-    sides = {name: lambda run=run, name=name: taken[name].append(ours_takes(run)) for name, run in runs.items()}
-    sides["peer"] = lambda: taken["peer"].append(peer_takes())
+    note = lambda name, takes: taken[name].append(takes())
+    sides = {name: partial(note, name, partial(ours_takes, run)) for name, run in runs.items()}
+    sides["peer"] = partial(note, "peer", peer_takes)
     interleaved(sides, sizes.repeats, warmup=1)
     rates = {name: batch * count / statistics.median(times[1:]) for name, times in taken.items()}
     rows = []
@@ -181,7 +185,7 @@ def _mode_rows(ours: AdambaModel, peer: nn.Module, sizes: Sizes, batch: int) -> 
     return rows
 
 
-def _saved(config: ModelConfig, run: _OurRun, sizes: Sizes) -> float:
+def _saved(config: ResolvedModel, run: _OurRun, sizes: Sizes) -> float:
     meter = ComputeMeter(config, run.policy, sizes.prompt + sizes.new)
     exits, widened = (torch.cat(parts).tolist() for parts in zip(*run.trace))
     return 1 - meter.total(exits, widened) / (meter.full * len(exits))

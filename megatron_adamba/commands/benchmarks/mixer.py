@@ -10,6 +10,7 @@ from megatron_adamba.commands.benchmarks.common import (
     TOLERANCE,
     PeakMemory,
     Row,
+    gradient_of,
     in_subprocess,
     interleaved,
     require_close,
@@ -94,7 +95,7 @@ def once(mixer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach().requires_grad_()
     y = mixer(x)
     y.backward(torch.ones_like(y))
-    return y.detach(), x.grad
+    return y.detach(), gradient_of(x)
 
 
 def _input(hidden: int, batch: int, seq: int, dtype: str) -> Tensor:
@@ -112,13 +113,14 @@ def _speed(
     return time_row(f"{what}, forward + backward", times["ours"], times["peer"])
 
 
-def speed_with_pages_kept(*arguments) -> Row:
+def speed_with_pages_kept(
+    hidden: int, batch: int, seq: int, d_state: int, dtype: str, peer_chunk: int, repeats: int, what: str, threads: int
+) -> Row:
     """Like `_speed`, in a process whose allocator keeps what is freed, as our training script has it: who asks for more
-    memory gains more by that. Arguments: those of `_speed`, then the threads."""
-    *arguments, what, threads = arguments
+    memory gains more by that."""
     torch.set_num_threads(threads)
     keep_freed_pages()
-    return _speed(*arguments, f"{what}, freed pages kept")
+    return _speed(hidden, batch, seq, d_state, dtype, peer_chunk, repeats, f"{what}, freed pages kept")
 
 
 def peak_of(

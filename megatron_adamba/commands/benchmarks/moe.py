@@ -18,6 +18,7 @@ from megatron_adamba.commands.benchmarks.common import (
     DTYPES,
     PeakMemory,
     Row,
+    gradient_of,
     in_subprocess,
     interleaved,
     require_small_error,
@@ -117,7 +118,7 @@ def _step(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], tuple[Te
         leaf = x.detach().requires_grad_()
         y = layer(leaf)
         y.backward(torch.ones_like(y))
-        return y.detach(), leaf.grad
+        return y.detach(), gradient_of(leaf)
 
     return run
 
@@ -136,9 +137,10 @@ def _layer(name: str, size: Size, dtype: str) -> nn.Module:
         for key, parameter in ours.named_parameters():
             scale = 0.0 if key.endswith("router.bias") else parameter.shape[-1] ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    layer: nn.Module = ours
     if name != "ours":
-        ours = DeepSpeedLayer(ours.moe, size) if name == DEEPSPEED else TransformersLayer(ours.moe, size, name)
-    return ours.to(DTYPES[dtype])
+        layer = DeepSpeedLayer(ours.moe, size) if name == DEEPSPEED else TransformersLayer(ours.moe, size, name)
+    return layer.to(DTYPES[dtype])
 
 
 class OurLayer(nn.Module):
@@ -183,11 +185,12 @@ class TransformersLayer(nn.Module):
             num_experts_per_tok=size.k,
         )
         config._experts_implementation = implementation
-        self.mlp = GptOssMLP(config)
-        mine, theirs = ours.experts, self.mlp.experts
+        mlp: Any = GptOssMLP(config)
+        self.mlp = mlp
+        mine, theirs = ours.experts, mlp.experts
         with torch.no_grad():
-            self.mlp.router.weight.copy_(ours.router.weight)
-            self.mlp.router.bias.copy_(ours.router.bias)
+            mlp.router.weight.copy_(ours.router.weight)
+            mlp.router.bias.copy_(ours.router.bias)
             theirs.gate_up_proj[:, :, ::2] = mine.gate_weight.transpose(1, 2)
             theirs.gate_up_proj[:, :, 1::2] = mine.up_weight.transpose(1, 2)
             theirs.gate_up_proj_bias[:, ::2], theirs.gate_up_proj_bias[:, 1::2] = mine.gate_bias, mine.up_bias
@@ -201,6 +204,13 @@ class TransformersLayer(nn.Module):
 
 class DenseExpert(nn.Module):
     """Our expert as a plain module, for a layer that wants one module an expert."""
+
+    gate_weight: nn.Parameter
+    up_weight: nn.Parameter
+    down_weight: nn.Parameter
+    gate_bias: nn.Parameter
+    up_bias: nn.Parameter
+    down_bias: nn.Parameter
 
     def __init__(self, ours: MoE, number: int) -> None:
         super().__init__()

@@ -8,15 +8,25 @@ step) and use the same norm, rotary and activation kernels, so that the nesting 
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_adamba.blueprint.manifest import ParamSpec, manifest
 from megatron_adamba.blueprint.resolve import resolve_model
-from megatron_adamba.commands.benchmarks.common import DTYPES, TOLERANCE, Row, require_close, seconds, time_row
+from megatron_adamba.commands.benchmarks.common import (
+    DTYPES,
+    TOLERANCE,
+    Row,
+    gradient_of,
+    require_close,
+    seconds,
+    time_row,
+)
 from megatron_adamba.config.ds_config import complete_ds_config
 from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import OptimizerConfig, TrainConfig
 from megatron_adamba.engine.launch import start_distributed, stop_distributed
@@ -70,7 +80,7 @@ def measure(quick: bool) -> list[Row]:
 class BlockLoss(nn.Module):
     """A block and the mean square of its output: what the engine is given as a model."""
 
-    def __init__(self, block: nn.Module, config: ModelConfig, row: NestRow) -> None:
+    def __init__(self, block: nn.Module, config: ResolvedModel, row: NestRow) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([block])
         self.config, self.row = config, row
@@ -88,7 +98,14 @@ class BlockLoss(nn.Module):
 class DenseBlock(nn.Module):
     """The block at one width and nothing else, out of torch's linear layers; its weights are copies of `source`'s."""
 
-    def __init__(self, config: ModelConfig, source: AttentionBlock, row: NestRow) -> None:
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
+    def __init__(self, config: ResolvedModel, source: AttentionBlock, row: NestRow) -> None:
         super().__init__()
         self.heads_per_group = config.num_heads // config.num_kv_groups
         self.head_dim, self.eps = config.head_dim, config.norm_eps
@@ -108,8 +125,8 @@ class DenseBlock(nn.Module):
             linear = nn.Linear(cols, rows, bias=False)
             linear.weight.data.copy_(source.get_parameter(LINEARS[name]).data[:rows, :cols])
             self.add_module(name, linear)
-        self.attention_norm = nn.Parameter(source.attention_norm.weight.data[:width].clone())
-        self.mlp_norm = nn.Parameter(source.mlp_norm.weight.data[:width].clone())
+        norm = lambda name: nn.Parameter(source.get_parameter(f"{name}.weight").data[:width].clone())
+        self.attention_norm, self.mlp_norm = norm("attention_norm"), norm("mlp_norm")
 
     def forward(self, x: Tensor, row: NestRow, context: ForwardContext) -> Tensor:
         """x: [batch, seq, width] -> the same shape."""
@@ -128,7 +145,12 @@ class DenseBlock(nn.Module):
 class MaskedBlock(DenseBlock):
     """The block at full size, every activation multiplied by a mask that leaves a width's share of it."""
 
-    def __init__(self, config: ModelConfig, source: AttentionBlock, row: NestRow) -> None:
+    width: Tensor
+    queries: Tensor
+    keys: Tensor
+    ffn: Tensor
+
+    def __init__(self, config: ResolvedModel, source: AttentionBlock, row: NestRow) -> None:
         super().__init__(config, source, config.nest[-1])
         self.norm_size = row.norm_size
         keys = row.kv_groups * config.head_dim
@@ -160,22 +182,22 @@ def _peer_specs(model: nn.Module) -> tuple[ParamSpec, ...]:
     return tuple(ParamSpec(name, tuple(p.shape), *kinds[p.dim()], "linear") for name, p in model.named_parameters())
 
 
-def _our_model(config: ModelConfig, row: NestRow) -> tuple[BlockLoss, tuple[ParamSpec, ...]]:
-    model = BlockLoss(AttentionBlock(config, None), config, row)
+def _our_model(block: AttentionBlock, config: ResolvedModel, row: NestRow) -> tuple[BlockLoss, tuple[ParamSpec, ...]]:
+    model = BlockLoss(block, config, row)
     specs = tuple(spec for spec in manifest(config) if spec.name.startswith("blocks.0."))
     with torch.no_grad():
         for spec in specs:
             model.get_parameter(spec.name).copy_(initial_tensor(spec, 0))
-        for parameter in (model.blocks[0].attention.out.o_weight, model.blocks[0].mlp.down.down_weight):
+        for parameter in (block.get_parameter(LINEARS[name]) for name in ("o", "down")):
             # at their birth output projections are zero, or nearly, and would hide what stands before them
             parameter.normal_(std=parameter.shape[1] ** -0.5, generator=torch.Generator().manual_seed(1))
     return model, specs
 
 
-def _session(model: BlockLoss, specs: tuple[ParamSpec, ...], dtype: str, batch: int, info) -> TrainingSession:
+def _session(model: Any, specs: tuple[ParamSpec, ...], dtype: str, batch: int, info) -> TrainingSession:
     train = TrainConfig(micro_batch_size=batch, global_batch_size=batch * MICRO_BATCHES)
     config = AdambaConfig(model=model.config, train=train, optimizer=OptimizerConfig(lr=1e-5))
-    settings = {"zero_optimization": {"stage": 1}}
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 1}}
     if dtype == "bf16":
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     settings = complete_ds_config(settings, config, info.world_size, "the benchmark")
@@ -183,10 +205,11 @@ def _session(model: BlockLoss, specs: tuple[ParamSpec, ...], dtype: str, batch: 
 
 
 def _measure_width(config, row: NestRow, dtype: str, batch: int, seq: int, steps: int, info) -> list[Row]:
-    ours, specs = _our_model(config, row)
+    block = AttentionBlock(config, None)
+    ours, specs = _our_model(block, config, row)
     models = {"ours": ours}
-    models["dense"] = BlockLoss(DenseBlock(config, ours.blocks[0], row), config, row)
-    models["masked"] = BlockLoss(MaskedBlock(config, ours.blocks[0], row), config, row)
+    models["dense"] = BlockLoss(DenseBlock(config, block, row), config, row)
+    models["masked"] = BlockLoss(MaskedBlock(config, block, row), config, row)
     x = torch.randn(batch, seq, row.width, generator=torch.Generator().manual_seed(2)).to(DTYPES[dtype])
     inputs = {"ours": x, "dense": x, "masked": nn.functional.pad(x, (0, config.hidden_size - row.width))}
     for model in models.values():
@@ -201,15 +224,15 @@ def _measure_width(config, row: NestRow, dtype: str, batch: int, seq: int, steps
 
 def _compare(models: dict[str, BlockLoss], inputs: dict[str, Tensor], row, dtype: torch.dtype, what: str) -> None:
     """Outputs and the gradients of inputs and weights, before any engine has them."""
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for name, model in models.items():
         x = inputs[name].clone().requires_grad_()
         y = model.output(x, Accumulation.DIRECT)[..., : row.width]
         y.float().square().mean().backward()
         block = model.blocks[0]
         names = LINEARS.values() if name == "ours" else [f"{linear}.weight" for linear in LINEARS]
-        grads = {linear: block.get_parameter(place).grad for linear, place in zip(LINEARS, names)}
-        found[name] = {"output": y.detach(), "input gradient": x.grad[..., : row.width], **grads}
+        grads = {linear: gradient_of(block.get_parameter(place)) for linear, place in zip(LINEARS, names)}
+        found[name] = {"output": y.detach(), "input gradient": gradient_of(x)[..., : row.width], **grads}
         model.zero_grad(set_to_none=True)
     for peer in ("dense", "masked"):
         for part, theirs in found[peer].items():
@@ -221,12 +244,12 @@ def _compare(models: dict[str, BlockLoss], inputs: dict[str, Tensor], row, dtype
 
 def _time_sessions(sessions: dict[str, TrainingSession], inputs: dict[str, Tensor], steps: int, what: str) -> list[Row]:
     """The sides take turns micro-batch by micro-batch; the first step warms up and its losses are compared."""
-    inner = {name: [] for name in sessions}
-    last = {name: [] for name in sessions}
-    step = {name: [] for name in sessions}
+    inner: dict[str, list[float]] = {name: [] for name in sessions}
+    last: dict[str, list[float]] = {name: [] for name in sessions}
+    step: dict[str, list[float]] = {name: [] for name in sessions}
     for number in range(1 + steps):
         for index in range(MICRO_BATCHES):
-            losses = {}
+            losses: dict[str, Tensor] = {}
             for name, session in sessions.items():
                 x = inputs[name].clone().requires_grad_()
                 taken = seconds(lambda: losses.setdefault(name, session.micro_step(x=x)))  # noqa: B023
@@ -237,7 +260,7 @@ def _time_sessions(sessions: dict[str, TrainingSession], inputs: dict[str, Tenso
             if number == 0:
                 for peer in ("dense", "masked"):
                     require_close(f"{what}, loss beside {peer}", losses["ours"], losses[peer], 0.02)
-        norms = {}
+        norms: dict[str, float] = {}
         for name, session in sessions.items():
             taken = seconds(lambda: norms.setdefault(name, session.step().grad_norm))  # noqa: B023
             if number:

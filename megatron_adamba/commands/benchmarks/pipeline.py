@@ -19,6 +19,7 @@ from megatron_adamba.commands.benchmarks.common import Row, require_close, secon
 from megatron_adamba.commands.benchmarks.ranks import on_ranks
 from megatron_adamba.config.ds_config import complete_ds_config
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_adamba.elastic.plan import full_plan
@@ -34,7 +35,7 @@ def measure(quick: bool) -> list[Row]:
     return rows + _replays(quick)
 
 
-def _sizes(quick: bool) -> tuple[ModelConfig, int]:
+def _sizes(quick: bool) -> tuple[ResolvedModel, int]:
     """A hybrid whose head is worth several blocks, and the length of its sequences."""
     hidden, seq = (32, 16) if quick else (256, 256)
     config = ModelConfig(
@@ -49,7 +50,7 @@ def _sizes(quick: bool) -> tuple[ModelConfig, int]:
     return resolve_model(config), seq
 
 
-def _batches(config: ModelConfig, seq: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(config: ResolvedModel, seq: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, config.vocab_size, (MICRO_BATCHES, 1, seq + 1), generator=generator)
     return [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in tokens]
@@ -107,7 +108,7 @@ def _agree_on_port(rank: int, store: str) -> str:
     return shared.get("port").decode()
 
 
-def _session(model_config: ModelConfig, stages: StagePlan, info, topology):
+def _session(model_config: ResolvedModel, stages: StagePlan, info, topology):
     from megatron_adamba.blueprint.manifest import manifest
     from megatron_adamba.engine.pipeline import PipelineSession
 
@@ -120,14 +121,14 @@ def _session(model_config: ModelConfig, stages: StagePlan, info, topology):
     return PipelineSession(*arguments, stages=stages, elsewhere=elsewhere)
 
 
-def _micro_steps(config: ModelConfig, seq: int) -> list:
+def _micro_steps(config: ResolvedModel, seq: int) -> list:
     from megatron_adamba.engine.session import MicroStep
 
     plan = full_plan(config)
     return [MicroStep(tokens, labels, None, plan) for tokens, labels in _batches(config, seq)]
 
 
-def _loss_alone(config: ModelConfig, seq: int) -> torch.Tensor:
+def _loss_alone(config: ResolvedModel, seq: int) -> torch.Tensor:
     model = AdambaModel(config).initialize(0)
     with torch.no_grad():
         return torch.stack([model(tokens, labels) for tokens, labels in _batches(config, seq)]).mean()
@@ -148,7 +149,7 @@ def _replays(quick: bool) -> list[Row]:
         torch.set_num_threads(threads)
 
 
-def _replay(config: ModelConfig, seq: int, pp: int, schedule: str, repeats: int) -> list[Row]:
+def _replay(config: ResolvedModel, seq: int, pp: int, schedule: str, repeats: int) -> list[Row]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_adamba.engine.launch import import_deepspeed
 
@@ -168,7 +169,7 @@ def _replay(config: ModelConfig, seq: int, pp: int, schedule: str, repeats: int)
     return [bubble, Row(f"{name}, step, cut by cost vs equal layers", 1e3 * ours, 1e3 * equal, "ms", equal / ours)]
 
 
-def _chunk_times(config: ModelConfig, seq: int, stages: StagePlan, repeats: int) -> tuple[list[float], list[float]]:
+def _chunk_times(config: ResolvedModel, seq: int, stages: StagePlan, repeats: int) -> tuple[list[float], list[float]]:
     """Median seconds of each chunk's forward and backward, each measured alone."""
     model = AdambaModel(config).initialize(0)
     tokens, labels = _batches(config, seq)[0]

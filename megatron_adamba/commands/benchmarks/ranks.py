@@ -43,10 +43,10 @@ def _answers(ends: list[Connection]) -> list:
     """By rank. Raises what the first rank to fail has raised."""
     found: dict[int, object] = {}
     while len(found) < len(ends):
-        for end in wait([end for rank, end in enumerate(ends) if rank not in found]):
-            rank = ends.index(end)
+        for ready in wait([end for rank, end in enumerate(ends) if rank not in found]):
+            rank = next(rank for rank, end in enumerate(ends) if end is ready)
             try:
-                failed, answer = end.recv()
+                failed, answer = ends[rank].recv()
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
             if failed:

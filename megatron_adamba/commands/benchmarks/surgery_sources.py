@@ -17,6 +17,7 @@ from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.checkpoint.canonical import write_canonical
 from megatron_adamba.checkpoint.shards import TensorInfo, plan_shards, shard_name
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.surgery.gpt_oss import LAYOUTS, source_shape
 from megatron_adamba.surgery.gpt_oss_config import HUGGING_FACE, read_gpt_oss_config, to_hugging_face
 from megatron_adamba.surgery.mxfp4 import BLOCK_VALUES
@@ -122,7 +123,7 @@ def write_gpt_oss(folder: Path, num_bytes: float, layout_name: str, packed: bool
     return shape.blocks
 
 
-def _gpt_oss_infos(config: ModelConfig, layout_name: str, packed: bool) -> dict[str, TensorInfo]:
+def _gpt_oss_infos(config: ResolvedModel, layout_name: str, packed: bool) -> dict[str, TensorInfo]:
     layout, infos = LAYOUTS[layout_name], {}
     for spec in manifest(config):
         if spec.group == "gain":

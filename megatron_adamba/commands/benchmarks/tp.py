@@ -19,12 +19,14 @@ from megatron_adamba.commands.benchmarks.common import (
     TOLERANCE,
     ComparisonError,
     Row,
+    gradient_of,
     interleaved,
     require_close,
     time_row,
 )
 from megatron_adamba.commands.benchmarks.ranks import PATIENCE, on_ranks
 from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.layers.attention import NestedAttention
 from megatron_adamba.layers.block import AttentionBlock
 from megatron_adamba.layers.context import ForwardContext
@@ -59,7 +61,7 @@ class Halves(TensorParallel):
 class Stack(nn.Module):
     """Attention blocks one behind the other, as they lie in a model."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, halves: bool = False) -> None:
+    def __init__(self, config: ResolvedModel, tp: TensorParallel, halves: bool = False) -> None:
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(AttentionBlock(config, None, tp) for _ in range(config.num_layers))
@@ -121,7 +123,7 @@ def _measure(tp: TensorParallel, quick: bool, threads: int) -> list[Row]:
 
 
 @torch.no_grad()
-def _fill(config: ModelConfig, whole: Stack, sides: dict[str, Stack], tp: TensorParallel) -> None:
+def _fill(config: ResolvedModel, whole: Stack, sides: dict[str, Stack], tp: TensorParallel) -> None:
     """The same weights for all; output projections away from their zeros at birth, which would hide the rest."""
     for spec in manifest(config):
         if not spec.name.startswith("blocks."):
@@ -135,7 +137,7 @@ def _fill(config: ModelConfig, whole: Stack, sides: dict[str, Stack], tp: Tensor
 
 
 def _cut_in_halves(spec: ParamSpec, values: Tensor, tp: TensorParallel) -> Tensor:
-    if spec.unit is None:
+    if spec.unit_axis is None:
         return values
     ((length, unit),) = spec.parts
     first, end = Halves(tp.size, tp.rank, units=length // unit).run
@@ -148,7 +150,7 @@ def _step(model: Stack, x: Tensor, row: NestRow) -> tuple[Tensor, Tensor]:
     y = model(x, row, Accumulation.DEFER)
     y.float().square().mean().backward()
     dist.barrier()
-    return y.detach(), x.grad
+    return y.detach(), gradient_of(x)
 
 
 def _compare(what: str, whole: Stack, sides: dict[str, Stack], x: Tensor, row: NestRow) -> None:

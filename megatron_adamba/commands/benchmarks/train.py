@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.commands.benchmarks.common import (
     TOLERANCE,
     Row,
+    gradient_of,
     interleaved,
     matmul_rate,
     require_close,
@@ -19,6 +22,7 @@ from megatron_adamba.commands.benchmarks.common import (
     time_row,
 )
 from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.sections import OptimizerConfig
 from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
 from megatron_adamba.model.adamba import AdambaModel
@@ -60,7 +64,8 @@ def measure(quick: bool) -> list[Row]:
     }
     rate = matmul_rate(dtype, matmul_size)
     passes = {"ours": lambda: our_loss(ours, tokens, labels), "peer": lambda: peer_loss(peer, tokens, labels)}
-    times = interleaved({name: lambda loss=loss: loss().backward() for name, loss in passes.items()}, repeats)
+    backward = lambda loss: loss().backward()
+    times = interleaved({name: partial(backward, loss) for name, loss in passes.items()}, repeats)
     steps = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, repeats)
     return _rows(ours.config, batch, seq, times, steps, rate)
 
@@ -93,10 +98,12 @@ def build_ours(hidden: int, head_dim: int, layers: int, vocab: int) -> AdambaMod
     return model
 
 
-def build_peer(config: ModelConfig, seq: int) -> nn.Module:
+def build_peer(config: ResolvedModel, seq: int) -> nn.Module:
     """transformers' NanoChat of the same sizes, uninitialised as far as we care."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
+    # transformers' types leave it out
+    attention: dict[str, Any] = {"attn_implementation": "sdpa"}
     return NanoChatForCausalLM(
         NanoChatConfig(
             vocab_size=config.vocab_size,
@@ -108,7 +115,7 @@ def build_peer(config: ModelConfig, seq: int) -> nn.Module:
             max_position_embeddings=seq,
             rms_norm_eps=EPS,
             final_logit_softcapping=config.logit_softcap,
-            attn_implementation="sdpa",
+            **attention,
             pad_token_id=None,
             bos_token_id=None,
             eos_token_id=None,
@@ -161,17 +168,17 @@ def _compare(ours: AdambaModel, peer: nn.Module, tokens: Tensor, labels: Tensor,
     for name, parameter in ours.named_parameters():
         place = peer_place(name)
         if place is not None:
-            grad = peer.get_parameter(place).grad
-            require_small_error(f"gradient of {name}", parameter.grad, grad, 2 * bound)
+            grads = gradient_of(parameter), gradient_of(peer.get_parameter(place))
+            require_small_error(f"gradient of {name}", *grads, 2 * bound)
 
 
-def flops_per_token(config: ModelConfig, seq: int) -> float:
+def flops_per_token(config: ResolvedModel, seq: int) -> float:
     """Of forward + backward: 6 for each weight of a matmul, and causal attention's two products."""
     matmuls = sum(spec.numel for spec in manifest(config) if spec.kind == "matrix" or spec.name == "head.weight")
     return 6 * (matmuls + config.num_layers * config.num_heads * config.head_dim * seq)
 
 
-def _rows(config: ModelConfig, batch: int, seq: int, times, steps, rate: float) -> list[Row]:
+def _rows(config: ResolvedModel, batch: int, seq: int, times, steps, rate: float) -> list[Row]:
     tokens = batch * seq
     speed = {name: tokens / statistics.median(values) for name, values in times.items()}
     share = {name: 100 * flops_per_token(config, seq) * value / rate for name, value in speed.items()}

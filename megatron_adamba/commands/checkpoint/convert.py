@@ -87,19 +87,20 @@ def tokenizer_files(source: OpenCheckpoint) -> tuple[dict[str, bytes] | None, st
     from megatron_adamba.data.tokenizer import load_tokenizer
 
     data = source.config.get("data")
-    choice = [data.get(name) for name in ("tokenizer", "eod_token", "split_pattern")] if isinstance(data, dict) else []
+    said = data if isinstance(data, dict) else {}
+    name, *more = (said.get(key) for key in ("tokenizer", "eod_token", "split_pattern"))
     if carried_files(source.folder):
         return None, ""
-    if not choice or not all(value is None or isinstance(value, str) for value in choice) or not choice[0]:
+    if not name or not all(value is None or isinstance(value, str) for value in (name, *more)):
         return {}, ""
     try:
-        tokenizer = load_tokenizer(*choice)
+        tokenizer = load_tokenizer(name, *more)
         if tokenizer.hash == source.config.get("tokenizer_hash"):
             return tokenizer.carried(), ""
         why = "is not the run's"
     except TokenizerError as error:
         why = "is not a file here" if "no such file" in str(error) else "cannot be read"
-    return {}, f"; its tokenizer {choice[0]} {why}: copy the right one in"
+    return {}, f"; its tokenizer {name} {why}: copy the right one in"
 
 
 COMMAND = Command(

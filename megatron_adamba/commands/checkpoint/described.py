@@ -41,8 +41,9 @@ def layout_of(checkpoint: OpenCheckpoint) -> dict[str, Any] | None:
     ranks = len(list(checkpoint.folder.glob("__*_0.distcp")))
     said = checkpoint.state.get("layout", checkpoint.config.get("parallel"))
     tp = said.get("tp") if isinstance(said, dict) else None
-    whole = isinstance(tp, int) and tp > 0 and ranks % tp == 0
-    return {"ranks": ranks, "tp": tp if whole else None, "dp": ranks // tp if whole else None}
+    if isinstance(tp, int) and tp > 0 and ranks % tp == 0:
+        return {"ranks": ranks, "tp": tp, "dp": ranks // tp}
+    return {"ranks": ranks, "tp": None, "dp": None}
 
 
 def reworded(text: str) -> str:

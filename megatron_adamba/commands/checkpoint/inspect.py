@@ -90,9 +90,10 @@ def add_module(tree: Tree, name: str, module: Module) -> None:
 
 def as_json(checkpoint: OpenCheckpoint) -> dict[str, Any]:
     """{path, kind, counters, layout, tensors: [{name, shape, dtype, bytes, chunks}], totals: {kind of tensor: ...}}."""
-    tensors, totals = [], {}
+    tensors: list[dict[str, Any]] = []
+    totals: dict[str, dict[str, int]] = {}
     for key, info in checkpoint.infos.items():
-        row = {"name": key, "shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch.")}
+        row: dict[str, Any] = {"name": key, "shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch.")}
         row["bytes"] = info.num_bytes
         if checkpoint.tensors is not None:
             row["chunks"] = len(checkpoint.tensors.entries[key].chunks)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from megatron_adamba.inference.compute import ComputeMeter
 from megatron_adamba.inference.generate import GenerationRequest
@@ -57,7 +58,7 @@ class Choice:
 
 def make_choices(loaded: LoadedModel, requests: Sequence[GenerationRequest], n: int, predicted: bool) -> list[Choice]:
     """n of each request, their seeds one after the other."""
-    choices = []
+    choices: list[Choice] = []
     for request in requests:
         length = len(request.prompt) + request.max_new_tokens
         meter = ComputeMeter(loaded.model.config, request.policy, length, predicted)
@@ -67,19 +68,30 @@ def make_choices(loaded: LoadedModel, requests: Sequence[GenerationRequest], n: 
     return choices
 
 
+def _pass_on(
+    loop: asyncio.AbstractEventLoop,
+    events: asyncio.Queue[tuple[Choice, Event | Exception]],
+    choice: Choice,
+    event: Event | Exception,
+) -> None:
+    """From the worker's thread."""
+    loop.call_soon_threadsafe(events.put_nowait, (choice, event))
+
+
 async def run_choices(
     worker: Worker, choices: Sequence[Choice], is_gone, client: str = ""
-) -> AsyncIterator[tuple[Choice, Event]]:
+) -> AsyncGenerator[tuple[Choice, Event], None]:
     """Tokens of all as they are made. Whoever stops listening, or raises, takes them all back.
 
     client: whose turns they take; is_gone: coroutine function that tells whether the client has left. Raises QueueFull,
     and what went wrong in a sequence.
     """
-    loop, events = asyncio.get_running_loop(), asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[Choice, Event | Exception]] = asyncio.Queue()
     tickets: list[Ticket] = []
     try:
         for choice in choices:
-            heard = lambda event, choice=choice: loop.call_soon_threadsafe(events.put_nowait, (choice, event))
+            heard = partial(_pass_on, loop, events, choice)
             tickets.append(worker.submit(choice.request, heard, client))
         left, looked = len(choices), time.monotonic()
         while left:
@@ -91,8 +103,8 @@ async def run_choices(
                 choice, event = await asyncio.wait_for(events.get(), _LOOK_AFTER_CLIENT)
             except TimeoutError:
                 continue
-            if event.error is not None:
-                raise event.error
+            if isinstance(event, Exception):
+                raise event
             left -= event.new.finish is not None
             yield choice, event
     finally:

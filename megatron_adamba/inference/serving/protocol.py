@@ -20,7 +20,8 @@ class TimedProtocol(H11Protocol):
         self._arrival: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    # as in uvicorn, whose transports are written to; asyncio's type of a protocol asks for less
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch_arrival()
 

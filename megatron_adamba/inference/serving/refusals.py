@@ -20,7 +20,7 @@ from megatron_adamba.inference.serving.worker import QueueFull
 def in_words_of_a_request(text: str) -> tuple[str, str | None]:
     """A message of a command's, which begins with a flag, for those who sent a field; and the field."""
     text = re.sub(r"\bmax_new_tokens\b", "max_tokens", without_flags(text))
-    first = re.match(r"\w*", text)[0]
+    first = re.split(r"\W", text, maxsplit=1)[0]
     return text, first if first in CompletionRequest.model_fields | ChatRequest.model_fields else None
 
 

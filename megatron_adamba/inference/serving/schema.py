@@ -70,7 +70,9 @@ Prompt = Annotated[Any, PlainValidator(_prompt)]
 Stops = Annotated[Any, PlainValidator(_stop)]
 Content = Annotated[Any, PlainValidator(_content)]
 # numbers in quotes, true for 1 and "no" for true are slips that nobody should have to look for in a text
-Whole, Number, Flag = StrictInt, StrictFloat, StrictBool
+Whole = StrictInt
+Number = StrictFloat
+Flag = StrictBool
 Neutral = Annotated[StrictFloat, Field(ge=0, le=0)]
 """served for nothing but 0"""
 

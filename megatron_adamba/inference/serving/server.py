@@ -105,7 +105,7 @@ def make_server(
         app,
         host=host,
         port=port,
-        http=partial(TimedProtocol, limits),
+        http=partial(TimedProtocol, limits),  # type: ignore[arg-type]  # uvicorn calls it, and needs no class
         ws="none",
         log_level=log_level,
         access_log=False,

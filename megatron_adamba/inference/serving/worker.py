@@ -11,18 +11,17 @@ from megatron_adamba.errors import AdambaError
 from megatron_adamba.inference.generate import Generation, GenerationRequest, NewToken, Sequence
 from megatron_adamba.inference.serving.fair_queue import FairQueue, Shares
 
-Listener = Callable[["Event"], None]
-"""called in the worker's thread; must not wait"""
+Listener = Callable[["Event | Exception"], None]
+"""called in the worker's thread with each token, or with what went wrong; must not wait"""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A token, the end of it all, or what went wrong."""
+    """A token."""
 
-    new: NewToken | None = None
+    new: NewToken
     sequence: Sequence | None = None
     """beside the first token: what the prompt took"""
-    error: Exception | None = None
 
 
 @dataclass
@@ -171,9 +170,9 @@ class Worker:
     def _failed(self, ticket: Ticket, error: Exception) -> None:
         if not isinstance(error, AdambaError):
             self.log.error("a request failed: %s", error, exc_info=error)
-        self._tell(ticket, Event(error=error))
+        self._tell(ticket, error)
 
-    def _tell(self, ticket: Ticket, event: Event) -> None:
+    def _tell(self, ticket: Ticket, event: Event | Exception) -> None:
         try:
             ticket.listener(event)
         except Exception as error:

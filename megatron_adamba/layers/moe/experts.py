@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.ops.expert_mlp import expert_mlp
 from megatron_adamba.ops.nested_linear import Accumulation, GradientSink
 
@@ -17,9 +17,15 @@ class Experts(nn.Module):
     expert_ffn_size], gate_bias, up_bias [experts, expert_ffn_size], down_bias [experts, width].
     """
 
+    gate_weight: nn.Parameter
+    up_weight: nn.Parameter
+    down_weight: nn.Parameter
+    gate_bias: nn.Parameter
+    up_bias: nn.Parameter
+    down_bias: nn.Parameter
     NAMES = ("gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
 
-    def __init__(self, config: ModelConfig, count: int, device=None) -> None:
+    def __init__(self, config: ResolvedModel, count: int, device=None) -> None:
         """count: experts of this rank."""
         super().__init__()
         self.limit, self.slope = config.expert_gate_limit, config.expert_gate_slope

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_adamba.config.model import ModelConfig, NestRow
+from megatron_adamba.config.model import NestRow
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.moe.experts import Experts
 from megatron_adamba.layers.moe.router import Router
@@ -21,7 +22,7 @@ class MoE(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ResolvedModel,
         block: int,
         tp: TensorParallel = ALONE,
         ep: ExpertParallel = ALL_EXPERTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_adamba.config.model import ModelConfig
+from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.moe.statistics import balance_loss, router_z_loss
 from megatron_adamba.ops.nested_linear import GradientSink, nested_linears
@@ -19,7 +19,7 @@ class Router(nn.Module):
     hook on to what comes back.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel = ALONE, device=None) -> None:
+    def __init__(self, config: ResolvedModel, tp: TensorParallel = ALONE, device=None) -> None:
         super().__init__()
         self.tp = tp
         self.k = config.experts_per_token
