@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,8 +47,11 @@ class Interrupted(AdambaError):
 
 
 def fail(error: AdambaError, tell: bool) -> int:
-    """One line: on stderr, or in the log of a rank whose trouble another one tells."""
+    """One line: on stderr, or in the log of a rank whose trouble another one tells. Where the first rank, whose machine
+    is the one that people look at, has not failed so, rank and machine are named."""
     line = f"error: {' '.join(str(error).split())}"
+    if tell and not first_rank() and "(on rank " not in line:
+        line += f" (on rank {os.environ.get('RANK', '?')}, {socket.gethostname()})"
     if tell:
         with contextlib.suppress(BrokenPipeError):
             print(line, file=sys.stderr, flush=True)

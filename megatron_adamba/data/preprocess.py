@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ class _Worker:
     """A spawned process with a tokenizer of its own; it answers chunks in the order they were sent."""
 
     def __init__(self, options: PreprocessOptions) -> None:
+        _start_tracker()
         context = multiprocessing.get_context("spawn")
         # Ctrl-C reaches the whole group: who waits for the workers ends them, and they have nothing to say
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
@@ -254,6 +256,17 @@ class _Worker:
         for channel in (self._chunks, self._results):
             channel.cancel_join_thread()
             channel.close()
+
+
+def _start_tracker() -> None:
+    """Python's own process that clears semaphores away: a signal to the whole group must not end it before us. What is
+    blocked here stays blocked in it; of SIGINT and SIGTERM it takes care itself."""
+    ending = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _in_main_thread() -> bool:

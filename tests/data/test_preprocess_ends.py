@@ -81,11 +81,15 @@ def gone(processes: list[int], patience: float = 20) -> bool:
     return not any(map(alive, processes))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_clears_everything_away(number: signal.Signals, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [(signal.SIGTERM, False), (signal.SIGHUP, True), (signal.SIGINT, True), (signal.SIGUSR1, True)],
+)
+def test_a_signal_clears_everything_away(number: signal.Signals, group: bool, tmp_path: Path):
+    """What a terminal or SLURM sends goes to the whole group."""
     with endless(tmp_path) as process:
         workers = children(process.pid)
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        os.killpg(process.pid, number) if group else process.send_signal(number)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 128 + number
         assert errors.count("\n") == 1 and errors.startswith("error: "), errors

@@ -130,3 +130,17 @@ def test_what_one_machine_alone_lacks_is_said_with_its_rank(tmp_path, data):
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "not-mounted/train" in lines[0], said
     assert lines[0].endswith(f"(on rank 1, {socket.gethostname()})")
+
+
+def test_what_one_machine_lacks_before_the_ranks_meet_is_said_with_its_rank(tmp_path, data):
+    from forked import ForkedScript
+    from training.runs import environment, free_port
+
+    places = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = arguments(data, tmp_path / "run", data__tokenizer=str(tmp_path / "not-there.model"))
+    process = ForkedScript(ROOT / "pretrain_adamba.py", words, environment() | places)
+    said = process.communicate(timeout=60)[1]
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "not-there.model" in lines[0], said
+    assert lines[0].endswith(f"(on rank 1, {socket.gethostname()})")
