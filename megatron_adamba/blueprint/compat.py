@@ -73,7 +73,7 @@ def _legal_batch(setup: RunSetup) -> int:
 
 def micro_steps(config: AdambaConfig, replicas: int = 1) -> int:
     """Passes of micro-batches in a step on one of so many replicas."""
-    passes = config.elastic.sandwich_passes if config.elastic.width_sampling == "sandwich" else 1
+    passes = config.elastic.passes
     return config.train.global_batch_size // (config.train.micro_batch_size * replicas) * passes
 
 
@@ -173,10 +173,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "phase 1 at other widths than the full one",
-        lambda s: s.config.train.phase == 1 and s.config.elastic.width_sampling != "full",
+        lambda s: s.config.train.phase == 1 and s.config.elastic.samples_widths,
         lambda s: (
             f"--train.phase 1: trains at full width, not with --elastic.width_sampling "
-            f"{s.config.elastic.width_sampling}; use --elastic.width_sampling full"
+            f"{s.config.elastic.width_sampling}{' and a schedule' if s.config.elastic.schedule else ''}; use "
+            f"--elastic.width_sampling full without --elastic.schedule"
         ),
     ),
     Rule(

@@ -20,10 +20,13 @@ from megatron_adamba.config.parser import CommandParser
 from megatron_adamba.config.peer_flags import peer_hint
 from megatron_adamba.config.root import AdambaConfig, find_tokenizer, read_model_config, read_run_config
 from megatron_adamba.config.rules import nearest
+from megatron_adamba.config.sections import ElasticStage
 from megatron_adamba.errors import ConfigError
 from megatron_adamba.schema import read_regular
 
 _DEPTH = "depth"
+_ROWS: dict[str, type[NestRow] | type[ElasticStage]] = {"model.nest": NestRow, "elastic.schedule": ElasticStage}
+"""settings that are lists of sections"""
 _DEEPEST = 500
 """brackets of a word; the parser of lists goes down without end"""
 _INIT_FROM = "checkpoint.init_from"
@@ -322,8 +325,10 @@ def _instantiate(values: dict[str, Any]) -> AdambaConfig:
     for section, kind in get_type_hints(AdambaConfig).items():
         prefix = section + "."
         fields = {key.removeprefix(prefix): _plain(value) for key, value in values.items() if key.startswith(prefix)}
-        if section == "model" and fields.get("nest") is not None:
-            fields["nest"] = [row if isinstance(row, NestRow) else NestRow(**row) for row in fields["nest"]]
+        for place, row_kind in _ROWS.items():
+            owner, _, key = place.partition(".")
+            if section == owner and fields.get(key) is not None:
+                fields[key] = [row if isinstance(row, row_kind) else row_kind(**row) for row in fields[key]]
         if section == "data":
             # the weights of a blend are numbers to the parser and words to whoever reads the list
             for key in ("train", "validation"):

@@ -108,7 +108,7 @@ def complete_ds_config(ds_config: dict[str, Any], config: AdambaConfig, dp: int,
     and batch grow by the number of passes.
     Raises ConfigError, naming both sources, where a value is given twice and differs.
     """
-    passes = config.elastic.sandwich_passes if config.elastic.width_sampling == "sandwich" else 1
+    passes = config.elastic.passes
     train = config.train
     accumulation = train.global_batch_size // (train.micro_batch_size * dp)
     plain = {

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 from megatron_adamba.config.rules import at_least, below_one, check_seed, in_range, one_of, positive, usual
 from megatron_adamba.errors import ConfigError
+
+SAMPLINGS = ("full", "uniform", "per_layer", "sandwich")
+
+
+@dataclass
+class ElasticStage:
+    """A part of the run that samples the nest in its own way. What is null is the section's own."""
+
+    until: float | None = None
+    """where it ends: a share of the run, up to 1, or a step, above 1; null: with the run"""
+    width_sampling: str | None = None
+    """full | uniform | per_layer; sandwich in all stages or in none"""
+    width_weights: list[float] | None = None
+    """as the section's"""
+    exit_fraction: float | None = None
+    """as the section's"""
 
 
 @dataclass
@@ -18,6 +35,12 @@ class ElasticConfig:
     """different plans in one optimizer step; must divide the accumulation steps"""
     sandwich_passes: int = 2
     """passes of one micro-batch under sandwich, the full-width one included"""
+    width_weights: list[float] | None = None
+    """how often each width is drawn, in the order of model.widths, in any unit; null: all alike"""
+    uniform_share: float = 0.0
+    """of the plans under per_layer and sandwich, those with one width for all layers, as modes have them"""
+    schedule: list[ElasticStage] | None = None
+    """parts of the run with a sampling of their own, one after the other; null: all of the run is alike"""
     exit_fraction: float | None = None
     """share of the plans that leave at a sampled layer, under sandwich of all passes but the first; null means 0.3 in
     phases 2 and 3, and 0 otherwise"""
@@ -27,7 +50,9 @@ class ElasticConfig:
     """blocks that run before the earliest exit; null means a quarter of them"""
 
     def check(self) -> None:
-        one_of("--elastic.width_sampling", self.width_sampling, ("full", "uniform", "per_layer", "sandwich"))
+        one_of("--elastic.width_sampling", self.width_sampling, SAMPLINGS)
+        _check_weights("--elastic.width_weights", self.width_weights)
+        in_range("--elastic.uniform_share", self.uniform_share, 0, 1, usual(self, "uniform_share"))
         positive("--elastic.plans_per_step", self.plans_per_step, usual(self, "plans_per_step"))
         in_range("--elastic.sandwich_passes", self.sandwich_passes, 2, 64, usual(self, "sandwich_passes"))
         if self.exit_fraction is not None:
@@ -35,6 +60,60 @@ class ElasticConfig:
         in_range("--elastic.mixed_exit_fraction", self.mixed_exit_fraction, 0, 1, usual(self, "mixed_exit_fraction"))
         if self.min_exit_layer is not None:
             positive("--elastic.min_exit_layer", self.min_exit_layer, usual(self, "min_exit_layer"))
+        for number, stage in enumerate(self.schedule or [], 1):
+            self._check_stage(f"--elastic.schedule, stage {number}", stage, number == len(self.schedule or []))
+
+    def _check_stage(self, name: str, stage: ElasticStage, last: bool) -> None:
+        own, base = stage.width_sampling or self.width_sampling, self.width_sampling
+        one_of(f"{name}: width_sampling", own, SAMPLINGS)
+        if own != base and "sandwich" in (own, base):
+            raise ConfigError(
+                f"{name}: samples {own}, --elastic.width_sampling is {base}: the number of passes of a micro-batch is "
+                f"the same in the whole run; take sandwich for all stages, or per_layer"
+            )
+        _check_weights(f"{name}: width_weights", stage.width_weights)
+        if stage.exit_fraction is not None:
+            in_range(f"{name}: exit_fraction", stage.exit_fraction, 0, 1, 0.3)
+        if stage.until is None and not last:
+            raise ConfigError(f"{name}: until is missing; give a share of the run, for example 0.3, or a step")
+        if stage.until is not None and not 0 < stage.until < math.inf:
+            raise ConfigError(f"{name}: until {stage.until}: must be above 0; a share of the run, or a step")
+
+    def parts(self, steps: int | None) -> list[tuple[float, ElasticConfig]]:
+        """(the step with which it ends, its settings) of each stage. steps: of the whole run. Raises ConfigError where
+        a stage ends before it begins."""
+        found: list[tuple[float, ElasticConfig]] = []
+        for number, stage in enumerate(self.schedule or [ElasticStage()], 1):
+            end = math.inf
+            if stage.until is not None:
+                assert steps is not None or stage.until > 1, "shares of a run need its length"
+                end = stage.until if stage.until > 1 or steps is None else round(stage.until * steps)
+            if found and end <= found[-1][0]:
+                raise ConfigError(
+                    f"--elastic.schedule, stage {number}: until {stage.until}: ends at step {end:g} of {steps}, and "
+                    f"the stage before it at step {found[-1][0]:g}; give a later one"
+                )
+            own = {key: value for key, value in vars(stage).items() if key != "until" and value is not None}
+            found.append((end, replace(self, schedule=None, **own)))
+        # the last one goes on where a run is made longer
+        return [*found[:-1], (math.inf, found[-1][1])]
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one micro-batch."""
+        return self.sandwich_passes if self.width_sampling == "sandwich" else 1
+
+    @property
+    def samples_widths(self) -> bool:
+        """Whether any part of the run trains other widths than the full one."""
+        return any(part.width_sampling != "full" for _, part in self.parts(1 << 30))
+
+
+def _check_weights(name: str, weights: list[float] | None) -> None:
+    if weights is None:
+        return
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
+        raise ConfigError(f"{name} {weights}: must be 0 or more each, and above 0 together; for example [1,1,1,2]")
 
 
 COST_TARGETS = ("relative", "signed", "divergence")

@@ -12,18 +12,23 @@ from rich.table import Table
 
 from megatron_adamba.blueprint.stages import StagePlan
 from megatron_adamba.blueprint.summary import summarize, summarize_stages
+from megatron_adamba.blueprint.training_flops import training_costs
 from megatron_adamba.config.cli import ParsedArguments
 from megatron_adamba.config.depth import REASONS
 from megatron_adamba.config.model import NestRow
 from megatron_adamba.config.resolved import ResolvedModel
 from megatron_adamba.config.root import AdambaConfig, read_run_config
-from megatron_adamba.config.sections import TrainConfig
+from megatron_adamba.config.sections import ElasticStage, TrainConfig
+from megatron_adamba.elastic.plan import full_plan
 from megatron_adamba.evaluation.widths import EvaluationRow
 from megatron_adamba.ops.dispatch import available_kernels
 from megatron_adamba.parallel.topology import RankGrid
 from megatron_adamba.training.freeze import frozen_names
 from megatron_adamba.training.phase_change import describe_phase_change
 from megatron_adamba.training.run import Run
+
+_PLANS_FOR_COST = 200
+"""that are drawn to tell what a stage of a run costs"""
 
 
 def print_config(console: Console, config: AdambaConfig, sources: dict[str, str]) -> None:
@@ -42,7 +47,7 @@ def print_config(console: Console, config: AdambaConfig, sources: dict[str, str]
 def _as_yaml(value: Any) -> str:
     """In one line."""
     if isinstance(value, list):
-        value = [dataclasses.asdict(item) if isinstance(item, NestRow) else item for item in value]
+        value = [dataclasses.asdict(item) if isinstance(item, NestRow | ElasticStage) else item for item in value]
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
@@ -119,7 +124,7 @@ def start_lines(run: Run, parsed: ParsedArguments) -> list[str]:
         f"{_precision(run, parsed)}, {info.device.type}, {info.backend}",
         f"batch      {config.train.global_batch_size} x {config.train.seq_len} tokens = {grid.dp} replicas x "
         f"{accumulation} micro-batches of {config.train.micro_batch_size}",
-        f"sampling   {config.elastic.width_sampling}, {run.sampler.passes} pass(es) of each micro-batch",
+        *_sampling(run),
         f"optimizer  {config.optimizer.name}, {config.optimizer.schedule}, {config.train.steps} steps",
     ]
     lines += _untrained_widths(config)
@@ -141,13 +146,37 @@ def start_lines(run: Run, parsed: ParsedArguments) -> list[str]:
 
 def _untrained_widths(config: AdambaConfig) -> list[str]:
     widths = config.model.widths or []
-    if config.elastic.width_sampling != "full" or len(widths) < 2:
+    if config.elastic.samples_widths or len(widths) < 2:
         return []
     *narrow, full = widths
     return [
         f"widths     {full} alone trains, with elastic.width_sampling full; {', '.join(map(str, narrow))} stay as they "
-        "are. --elastic.width_sampling sandwich trains all of them"
+        "are. --elastic.width_sampling uniform trains all of them"
     ]
+
+
+def _sampling(run: Run) -> list[str]:
+    """A line for each stage of the schedule: how plans are drawn, and what a micro-batch costs in full passes."""
+    config, sampler = run.plan.config, run.sampler
+    costs = training_costs(config.model, config.train.seq_len, frozen_names(config.model, config.train))
+    full = full_plan(config.model)
+    lines, first = [], 1
+    for end, stage in sampler.stages:
+        last = min(int(end), config.train.steps) if math.isfinite(end) else config.train.steps
+        if first > last:
+            break
+        some = range(first - 1, last, max(1, (last - first + 1) // _PLANS_FOR_COST))
+        plans = [sampler.plan(step, number) for step in some for number in range(sampler.passes)]
+        cost = sum(costs.of(plan.widths, plan.exit_layer) for plan in plans) * sampler.passes / len(plans)
+        cost /= costs.of(full.widths, full.exit_layer)
+        weights = f" by {':'.join(f'{weight:g}' for weight in stage.width_weights)}" if stage.width_weights else ""
+        steps = "" if len(sampler.stages) == 1 else f"steps {first} to {last}: "
+        lines.append(
+            f"{'sampling':11}{steps}{stage.width_sampling}{weights}, {sampler.passes} pass(es) of each micro-batch, as "
+            f"dear as {cost:.2f} full ones"
+        )
+        first = last + 1
+    return lines
 
 
 def _precision(run: Run, parsed: ParsedArguments) -> str:

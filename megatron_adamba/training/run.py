@@ -120,7 +120,7 @@ def plan_run(parsed: ParsedArguments, world_size: int) -> RunPlan:
             "--checkpoint.init_from, made by adamba surgery expand, or take --train.phase 2"
         )
     config = _with_gates(config)
-    PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
+    PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase, config.train.steps)
     _prompt_end(config.data.prompt_end, tokenizer)
     # once more, as some rules look at the vocabulary
     check_combination(RunSetup(config, stage, offload, world_size, bf16))
@@ -153,7 +153,7 @@ def build_run(plan: RunPlan, rank_info: RankInfo) -> Run:
     session = _build_session(plan, model, rank_info, topology)
     if config.train.phase == 3:
         slow_old_weights(session, config.model, config.optimizer.old_lr_scale)
-    sampler = PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase)
+    sampler = PlanSampler(config.model, config.elastic, config.train.seed, config.train.phase, config.train.steps)
     setup = _gate_setup(plan, sampler) if config.model.gate_size else None
     gates = None
     if setup is not None and topology.place("pp") == plan.stages.loss_rank:

@@ -134,3 +134,29 @@ def test_steps_follow_the_time_and_the_text():
     assert steps(recipe.with_steps(50, 300, 6)) == FEWEST_STEPS
     assert steps(recipe.with_steps(1e-6, 300, 6)) == 40 * 10**6 // (8 * 256)
     assert "600 steps of 0.50 s fit into 6 minutes" in recipe.with_steps(0.5, 300, 6).as_yaml()
+
+
+@pytest.mark.slow
+def test_three_minutes_of_an_encyclopaedia_read_like_it(tmp_path):
+    """Real prose and the recipe as it is. What is written is made of the text's words; what is learned at every width
+    is more than `xz` finds in the held-out text."""
+    import lzma
+    import re
+
+    from texts import wikipedia
+
+    text = wikipedia(600_000)
+    (tmp_path / "book.txt").write_text(text)
+    command = [sys.executable, "-m", "megatron_adamba", "train", "--input", "book.txt", "--minutes", "3"]
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    environment = kept | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "runs" / "book"
+    rows = json.loads((run / "eval.json").read_text())["rows"]
+    held_out = text.encode()[-rows[0]["bytes"] :]
+    xz = 8 * len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)) / len(held_out)
+    assert max(row["bits_per_byte"] for row in rows) < xz, (rows, xz)
+    known = set(re.findall(r"[a-z]+", text.lower()))
+    words = re.findall(r"[a-z]+", (run / "sample.txt").read_text().lower())[1:-1]
+    assert len(words) > 20 and sum(word in known for word in words) > 0.6 * len(words), words

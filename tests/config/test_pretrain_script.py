@@ -61,6 +61,23 @@ def test_what_print_config_prints_is_read_back(adamba, preset, tmp_path):
     assert code == 0 and values(again) == values(printed)
 
 
+def test_a_schedule_in_yaml_is_read_and_printed(adamba, tmp_path):
+    stages = [{"until": 0.3, "width_sampling": "full"}, {"width_weights": [1, 1, 1, 3]}]
+    values = {"elastic": {"width_sampling": "uniform", "schedule": stages}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    words = ("train", "--preset", "tiny-hybrid", "--config", tmp_path / "run.yaml", "--print_config")
+    code, printed, errors = adamba(*words)
+    assert code == 0, errors
+    read = yaml.safe_load(printed)["elastic"]["schedule"]
+    assert [{key: value for key, value in stage.items() if value is not None} for stage in read] == stages
+    (tmp_path / "again.yaml").write_text(printed)
+    code, again, errors = adamba("train", "--config", tmp_path / "again.yaml", "--print_config")
+    assert code == 0 and yaml.safe_load(again) == yaml.safe_load(printed), errors
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"elastic": {"schedule": [{"til": 3}]}}))
+    code, _, errors = adamba(*words)
+    assert code == 2 and errors.startswith("error: ") and "til" in errors and errors.count("\n") == 1, errors
+
+
 def test_stage_marks_stay(adamba):
     _, printed, _ = adamba("train", "--preset", "tiny-hybrid", "--model.block_pattern", "TM|TMTM", "--print_config")
     assert yaml.safe_load(printed)["model"]["block_pattern"] == "TM|TMTM"

@@ -18,7 +18,7 @@ from megatron_adamba.blueprint.support import FEATURES, cell
 from megatron_adamba.config.ds_config import complete_ds_config
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import AdambaConfig
-from megatron_adamba.config.sections import ElasticConfig, OptimizerConfig, TrainConfig
+from megatron_adamba.config.sections import ElasticConfig, ElasticStage, OptimizerConfig, TrainConfig
 from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.old_weights import old_places, slow_old_weights
@@ -45,13 +45,17 @@ def run_config(
     exits: float = 0.0,
     mixed: float = 0.0,
     expanded: bool = False,
+    elastic: dict[str, Any] | None = None,
     **model: Any,
 ) -> AdambaConfig:
     """A model with GQA, biases, three widths of which the first holds one KV group, and clipping that bites.
 
     exits: share of the plans that leave early; mixed: of those, in which some tokens leave earlier still. expanded: as
-    made from half the channels and units.
+    made from half the channels and units. elastic: further settings, stages of a schedule as dicts.
     """
+    elastic = dict(elastic or {})
+    if "schedule" in elastic:
+        elastic["schedule"] = [ElasticStage(**stage) for stage in elastic["schedule"]]
     shape = {
         "hidden_size": 64,
         "block_pattern": pattern,
@@ -82,6 +86,7 @@ def run_config(
             exit_fraction=exits,
             mixed_exit_fraction=mixed,
             min_exit_layer=1,
+            **elastic,
         ),
         train=TrainConfig(steps=20, micro_batch_size=2, global_batch_size=2 * MICRO_BATCHES, gradient_clipping=0.3),
         # Adam divides by the size of a gradient: with a small eps it turns rounding into updates of full size, and even
@@ -159,7 +164,7 @@ def plain_curve_of(config: AdambaConfig, freeze: list[str], steps: int, skew: fl
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sampler = PlanSampler(config.model, config.elastic, config.train.seed)
+    sampler = PlanSampler(config.model, config.elastic, config.train.seed, steps=config.train.steps)
     curve = []
     for step in range(steps):
         for group, peak in zip(optimizer.param_groups, peaks):
@@ -281,7 +286,7 @@ def take_steps(
     info, session: TrainingSession, config: AdambaConfig, first: int, last: int
 ) -> list[tuple[float, float]]:
     """Steps first .. last - 1 through the engine."""
-    sampler = PlanSampler(config.model, config.elastic, config.train.seed)
+    sampler = PlanSampler(config.model, config.elastic, config.train.seed, steps=config.train.steps)
     dp, dp_rank = session.topology.size("dp"), session.topology.place("dp")
     accumulation = MICRO_BATCHES // dp
     curve = []
@@ -367,7 +372,11 @@ def tapped_curve(info, arguments: dict[str, Any], stage: int = 1, **layout: Any)
     session = build_session(info, config, stage, **layout)
     documents = torch.tensor([[0, 2]]).expand(2, 1, 2)
     request = TapRequest((0, 1, 3), torch.tensor([0, 5, 9]), documents)
-    sampler, curve, states = PlanSampler(config.model, config.elastic, config.train.seed), [], []
+    sampler, curve, states = (
+        PlanSampler(config.model, config.elastic, config.train.seed, steps=config.train.steps),
+        [],
+        [],
+    )
     numbers = range(MICRO_BATCHES)
     for step in range(3):
         session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))

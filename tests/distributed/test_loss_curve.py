@@ -63,6 +63,18 @@ def test_frozen_embedding_and_uniform(workers, ranks, stage):
     compare(workers, arguments, ranks, stage, freeze=("embedding", "norm", "gain"))
 
 
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3)])
+def test_a_schedule_of_stages(workers, ranks, stage):
+    """Full width first, then widths by weights, then mixes that may leave early."""
+    stages = [
+        {"until": 0.2, "width_sampling": "full"},
+        {"until": 11, "width_sampling": "uniform", "width_weights": [2, 0, 1]},
+        {"exit_fraction": 0.5},
+    ]
+    elastic = {"schedule": stages, "uniform_share": 0.3, "width_weights": [1, 1, 2]}
+    compare(workers, HYBRID | {"sampling": "per_layer", "elastic": elastic}, ranks, stage)
+
+
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 1), (2, 2)])
 def test_muon_agrees_with_whole_matrices(workers, ranks, stage):
     arguments = HYBRID | {"sampling": "per_layer", "optimizer": "muon"}

@@ -9,7 +9,7 @@ import torch
 
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.config.model import ModelConfig
-from megatron_adamba.config.sections import ElasticConfig
+from megatron_adamba.config.sections import ElasticConfig, ElasticStage
 from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.errors import ConfigError
 
@@ -63,6 +63,74 @@ def test_uniform_and_per_layer_draw_every_width_evenly():
     each = Counter(width for step in range(600) for width in mixed.plan(step, 0).widths)
     for counts, expected in ((whole, 200), (each, 800)):
         assert all(abs(count - expected) < 0.25 * expected for count in counts.values()), counts
+
+
+def test_weights_say_how_often_a_width_is_drawn():
+    weighted = sampler("uniform", width_weights=[1, 0, 3])
+    counts = Counter(weighted.plan(step, 0).widths[0] for step in range(800))
+    assert set(counts) == {8, 32} and abs(counts[32] - 600) < 60
+    mixed = sampler("per_layer", width_weights=[1, 0, 3], uniform_share=0.25)
+    plans = [mixed.plan(step, 0).widths for step in range(2000)]
+    assert abs(sum(widths.count(32) for widths in plans) / 8000 - 0.75) < 0.03
+    # of four independent draws, 0.25^4 + 0.75^4 are alike by themselves
+    alike = sum(len(set(widths)) == 1 for widths in plans) / 2000
+    assert abs(alike - (0.25 + 0.75 * (0.25**4 + 0.75**4))) < 0.04
+
+
+def test_what_is_off_draws_what_it_drew_before():
+    """Runs of earlier versions go on with the plans that they began with."""
+    assert [sampler("uniform").plan(step, 0).widths[0] for step in range(8)] == [8, 16, 8, 8, 32, 16, 16, 16]
+    assert [plan.widths for plan in (sampler("per_layer").plan(step, 0) for step in range(2))] == [
+        (8, 32, 16, 32),
+        (16, 32, 8, 8),
+    ]
+
+
+STAGES = [ElasticStage(until=0.25, width_sampling="full"), ElasticStage(width_sampling="uniform", exit_fraction=0.5)]
+
+
+def test_stages_follow_each_other():
+    shape = sampler("per_layer").model
+    elastic = ElasticConfig(width_sampling="per_layer", schedule=STAGES)
+    mine = PlanSampler(shape, elastic, 5, steps=400)
+    plans = [mine.plan(step, 0) for step in range(400)]
+    assert {plan.widths for plan in plans[:100]} == {(32,) * 4} and {plan.exit_layer for plan in plans[:100]} == {4}
+    assert {plan.widths for plan in plans[100:]} == {(width,) * 4 for width in WIDTHS}
+    early = sum(plan.exit_layer < 4 for plan in plans[100:]) / 300
+    assert abs(early - 0.5) < 0.1 and mine.exit_fraction == 0.5
+    # a run that is made longer goes on with the last stage; a stage may end at a step
+    assert mine.stage_at(10**9) == 1
+    steps = [ElasticStage(until=7, width_sampling="full"), ElasticStage(until=9), ElasticStage(width_sampling="full")]
+    numbers = PlanSampler(shape, ElasticConfig(width_sampling="uniform", schedule=steps), 5)
+    assert [numbers.stage_at(step) for step in range(11)] == [0] * 7 + [1] * 2 + [2] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"width_weights": [1, 2]}, "--elastic.width_weights [1, 2]: 2 for the 3 widths"),
+        ({"width_weights": [0, 0, 0]}, "must be 0 or more each, and above 0 together"),
+        ({"width_weights": [1, float("nan"), 1]}, "must be 0 or more each"),
+        ({"schedule": [ElasticStage(), ElasticStage()]}, "stage 1: until is missing"),
+        ({"schedule": [ElasticStage(until=-1), ElasticStage()]}, "until -1: must be above 0"),
+        (
+            {"schedule": [ElasticStage(until=50), ElasticStage(until=0.2)]},
+            "ends at step 20 of 100, and the stage before",
+        ),
+        ({"schedule": [ElasticStage(width_sampling="sandwich")]}, "the number of passes of a micro-batch is the same"),
+        ({"schedule": [ElasticStage(width_sampling="some")]}, "stage 1: width_sampling some"),
+        ({"schedule": [ElasticStage(width_weights=[1, 1])]}, "2 for the 3 widths"),
+        ({"schedule": [ElasticStage(exit_fraction=2)]}, "stage 1: exit_fraction 2"),
+        ({"uniform_share": 2}, "--elastic.uniform_share 2"),
+    ],
+)
+def test_schedules_that_cannot_be(settings, words):
+    shape = sampler("per_layer").model
+    with pytest.raises(ConfigError) as error:
+        elastic = ElasticConfig(width_sampling="per_layer", **settings)
+        elastic.check()
+        PlanSampler(shape, elastic, 5, steps=100)
+    assert words in str(error.value)
 
 
 def test_another_seed_or_step_draws_anew():
