@@ -35,11 +35,11 @@ def _processes():
 class ForkedScript:
     """Like `subprocess.Popen` of the interpreter and a script, with both outputs kept as text."""
 
-    def __init__(self, script: Path, words: Sequence[str], env: dict[str, str]) -> None:
+    def __init__(self, script: Path, words: Sequence[str], env: dict[str, str], cwd: Path = ROOT) -> None:
         self.args = [sys.executable, str(script), *words]
         with tempfile.NamedTemporaryFile(delete=False) as out, tempfile.NamedTemporaryFile(delete=False) as errors:
             self._outputs = Path(out.name), Path(errors.name)
-        arguments = (str(script), list(words), env, *map(str, self._outputs))
+        arguments = (str(script), list(words), env, str(cwd), *map(str, self._outputs))
         self._process = _processes().Process(target=_run, args=arguments)
         self._process.start()
 
@@ -68,12 +68,24 @@ class ForkedScript:
             path.unlink(missing_ok=True)
 
 
-def _run(script: str, words: list[str], env: dict[str, str], out: str, errors: str) -> None:
+def run_forked(
+    script: Path, words: Sequence[object], env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Like `subprocess.run` of the interpreter and a script."""
+    process = ForkedScript(script, [str(word) for word in words], dict(os.environ if env is None else env), cwd)
+    try:
+        out, errors = process.communicate(timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+    finally:
+        process.kill()
+
+
+def _run(script: str, words: list[str], env: dict[str, str], cwd: str, out: str, errors: str) -> None:
     for path, number in ((out, 1), (errors, 2)):
         taken = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(taken, number)
         os.close(taken)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     sys.argv = [script, *words]

@@ -75,10 +75,13 @@ class TensorFolder:
         if wanted is None:
             return
         left, found = entry.info.num_bytes, 0
-        with open(entry.path, "rb") as stream:
-            stream.seek(entry.start)
-            while left and (block := stream.read(min(left, _PIECE))):
-                left, found = left - len(block), zlib.crc32(block, found)
+        try:
+            with open(entry.path, "rb") as stream:
+                stream.seek(entry.start)
+                while left and (block := stream.read(min(left, _PIECE))):
+                    left, found = left - len(block), zlib.crc32(block, found)
+        except OSError as error:
+            raise _damaged(entry.path, error) from None
         if found != wanted:
             raise wrong_checksum(entry.path, name)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_forked
 
 from megatron_adamba.commands.own_recipe import FEWEST_STEPS, recipe_for, vocab_size_for
 from megatron_adamba.commands.own_text import without_own_flags
@@ -32,10 +33,9 @@ TINY = {
 def train(folder: Path, *words: object, code: int = 0, **environment: str) -> str:
     """Output of `adamba train` in a folder."""
     flags = [word for pair in TINY.items() for word in (f"--{pair[0]}", pair[1])]
-    command = [sys.executable, "-m", "megatron_adamba", "train", *map(str, words), *flags]
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True, timeout=400)
+    done = run_forked(ROOT / "pretrain_adamba.py", [*words, *flags], kept, folder, timeout=400)
     assert done.returncode == code, done.stderr[-2000:] + done.stdout[-2000:]
     return done.stdout if code == 0 else done.stderr
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_forked
 
 from megatron_adamba.config.cli import preset_names
 
@@ -16,13 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "pretrain_adamba.py"), *words],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", **environment}
+    return run_forked(ROOT / "pretrain_adamba.py", words, env)
 
 
 def test_print_config_and_summary():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.blueprint.stages import plan_stages
@@ -37,7 +36,7 @@ def test_stages_add_up_to_the_model(schedule, tied):
 def test_the_script_prints_them():
     words = ["--preset", "tiny-hybrid", "--parallel.pp", "2", "--train.global_batch_size", "16", "--summary"]
     words += ["--model.block_pattern", "TM|TMTM", "--data.tokenizer", "bytes"]
-    done = subprocess.run([sys.executable, str(ROOT / "pretrain_adamba.py"), *words], capture_output=True, text=True)
+    done = run_forked(ROOT / "pretrain_adamba.py", words)
     assert done.returncode == 0, done.stderr
     assert (
         "pipeline of 2 stages, 1f1b" in done.stdout and "embedding, 0-1" in done.stdout and "2-5, head" in done.stdout

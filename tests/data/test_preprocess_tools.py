@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_helpers import INDENTED
+from forked import run_forked
 
 from megatron_adamba.data.held_out import is_validation
 from megatron_adamba.data.indexed_dataset import IndexedDataset
@@ -22,9 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    return run_forked(ROOT / "tools" / name, words, environment)
 
 
 @pytest.fixture(scope="module")

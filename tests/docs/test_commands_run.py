@@ -74,7 +74,7 @@ def prepare(folder: Folder, page: str) -> None:
         folder.copy(trained, "runs/quickstart")
         folder.run(
             "adamba evaluate --model runs/quickstart/model --data runs/quickstart/data/validation "
-            "--json runs/quickstart/eval.json"
+            "--max-tokens 300 --json runs/quickstart/eval.json"
         )
         plain = "adamba train --preset tiny-hybrid --data.train data/train --data.validation data/validation "
         folder.run(

@@ -52,7 +52,9 @@ SMALLER = [
     (r"--mamba-num-heads 256 --mamba-num-groups 8", "--mamba-num-heads 16 --mamba-num-groups 2 --mamba-head-dim 8"),
     (r"--max-tokens 20000", "--max-tokens 300"),
     (r"--tokens 65536", "--tokens 500"),
-    (r"--energy-price 0.1 1$", r"\g<0> --max-tokens 300"),
+    (r"^adamba evaluate (?!.*(--max-tokens|--items)).*$", r"\g<0> --max-tokens 300"),
+    # all of the library is 11 MB
+    (r"--input python-stdlib", "--input ./python-stdlib"),
 ]
 """what is another size in the workspace: (pattern, in its place)"""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
+from forked import run_forked
 from inference.decoding import generated
 from oracles.dense import DenseModel, used_part
 from surgery.nested_models import (
@@ -235,8 +235,7 @@ def test_caches_and_generation(kind, tmp_path):
 
 
 def run_tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    done = run_forked(ROOT / "tools" / name, words)
     assert done.returncode == 0, done.stderr
     return done
 

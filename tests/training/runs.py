@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from forked import ForkedScript
+from forked import ForkedScript, run_forked
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -49,9 +49,9 @@ def write_corpus(folder: Path) -> Path:
         text = " ".join(source.choice(words) for _ in range(60))
         (texts / f"text-{number}.txt").write_text(text)
     data = folder / "data"
-    tool = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--tokenizer", "bytes", "--split"]
-    options = ["--input", str(texts), "--output", str(data), "--validation-fraction", "0.2"]
-    subprocess.run([*tool, *options], check=True, capture_output=True)
+    words = ["--tokenizer", "bytes", "--split"]
+    words += ["--input", str(texts), "--output", str(data), "--validation-fraction", "0.2"]
+    run_forked(ROOT / "tools/preprocess_data.py", words).check_returncode()
     return data
 
 

@@ -6,9 +6,9 @@ import json
 import resource
 import shutil
 import subprocess
-import sys
 
 import pytest
+from forked import run_forked
 from training.runs import ROOT, arguments, command, environment, train
 
 
@@ -33,9 +33,7 @@ def flipped(whole, tmp_path):
 
 def tool(*words) -> tuple[int, str, str]:
     script, *rest = map(str, words)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / script), *rest], capture_output=True, text=True, env=environment()
-    )
+    done = run_forked(ROOT / "tools" / script, rest, environment())
     return done.returncode, done.stdout, done.stderr
 
 
