@@ -103,8 +103,9 @@ def remove(path: Path) -> None:
 def as_storage_error(error: OSError, what: str) -> StorageError | None:
     """The user's error for a disk that takes no more, None for any other failure."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+        limit = "raise the limit of a file's size (ulimit -f), or " if error.errno == errno.EFBIG else ""
         return StorageError(
-            f"{what}: {error.strerror}; free some space or choose another folder (nothing was replaced)"
+            f"{what}: {error.strerror}; {limit}free some space or choose another folder (nothing was replaced)"
         )
     return None
 

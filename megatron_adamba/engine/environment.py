@@ -121,7 +121,7 @@ def complete_environment(env: MutableMapping[str, str] = os.environ, quiet: bool
     if not 0 < _number(env, "MASTER_PORT") < 2**16:
         raise ConfigError(f"MASTER_PORT {env['MASTER_PORT']}: must be a port, for example 29500")
     if rank >= ranks:
-        raise ConfigError(f"RANK {rank}: must be below WORLD_SIZE {ranks}; start through a launcher")
+        _check_rank(env, "RANK", "WORLD_SIZE")
 
 
 def _innermost(env: Mapping[str, str]) -> _Launcher | None:
@@ -146,6 +146,7 @@ def _in_step(env: Mapping[str, str]) -> bool:
 
 
 def _from_launcher(env: MutableMapping[str, str], launcher: _Launcher) -> None:
+    _check_rank(env, launcher.rank, launcher.ranks)
     env["RANK"], env["WORLD_SIZE"] = env[launcher.rank], env[launcher.ranks]
     local = [env.get(launcher.local_rank), env.get(_OF_PALS[0]) if launcher is _HYDRA else None]
     env["LOCAL_RANK"] = next(filter(None, local), env[launcher.rank])
@@ -165,6 +166,7 @@ def _from_launcher(env: MutableMapping[str, str], launcher: _Launcher) -> None:
 
 
 def _from_slurm(env: MutableMapping[str, str]) -> None:
+    _check_rank(env, "SLURM_PROCID", _slurm_tasks_name(env) or "SLURM_NTASKS")
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(_slurm_tasks(env))
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID") or "0"
     if "MASTER_ADDR" not in env:
@@ -188,8 +190,18 @@ def _alone(env: MutableMapping[str, str], quiet: bool) -> None:
 
 def _slurm_tasks(env: Mapping[str, str]) -> int:
     """Of this step, which may be smaller than the allocation."""
-    name = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if env.get(name)), None)
+    name = _slurm_tasks_name(env)
     return 1 if name is None else _number(env, name)
+
+
+def _slurm_tasks_name(env: Mapping[str, str]) -> str | None:
+    return next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if env.get(name)), None)
+
+
+def _check_rank(env: Mapping[str, str], rank: str, ranks: str) -> None:
+    """Raises ConfigError in the words of the launcher's own variables."""
+    if _number(env, rank) >= _number(env, ranks):
+        raise ConfigError(f"{rank} {env[rank]}: must be below {ranks} {env[ranks]}; start through a launcher")
 
 
 def _number(env: Mapping[str, str], name: str) -> int:

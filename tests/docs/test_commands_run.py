@@ -99,7 +99,10 @@ def prepare(folder: Folder, page: str) -> None:
         )
         folder.run("adamba data --input runs/difficulty/data/train.jsonl --tokenizer bytes --output runs/bytes")
         folder.run(
-            small(f"{with_gates} --data.train runs/bytes --data.tokenizer bytes --logging.run_dir runs/difficulty")
+            small(
+                f"{with_gates} --data.train runs/bytes --data.validation runs/bytes --data.tokenizer bytes "
+                "--logging.run_dir runs/difficulty"
+            )
         )
     if page == "docs/growing/index.md":
         add_published(folder.place)

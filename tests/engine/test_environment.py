@@ -168,3 +168,21 @@ def test_crays_launcher_names_local_ranks_in_its_own_way():
     assert completed(**pals) == ("5", "8", "1", "n1")
     one = {"PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "3", "PMI_LOCAL_SIZE": "4"}
     assert completed(**one) == ("3", "4", "3", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"SLURM_PROCID": "x", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, "SLURM_PROCID 'x': must be a number"),
+        (
+            {"SLURM_PROCID": "9", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"},
+            "SLURM_PROCID 9: must be below SLURM_NTASKS 4",
+        ),
+        ({"OMPI_COMM_WORLD_RANK": "9", "OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_RANK 9: must be below OMPI_COMM"),
+        ({"RANK": "8", "WORLD_SIZE": "8"}, "RANK 8: must be below WORLD_SIZE 8"),
+    ],
+)
+def test_a_launchers_own_variables_are_named(variables, words):
+    with pytest.raises(ConfigError) as error:
+        complete_environment(dict(variables))
+    assert str(error.value).startswith(words)
