@@ -181,6 +181,15 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        "distillation without a full pass",
+        lambda s: s.config.distill.on and s.config.elastic.width_sampling != "sandwich",
+        lambda s: (
+            f"--distill.share {s.config.distill.share}: narrow passes learn from the full pass of the same tokens, "
+            f"which --elastic.width_sampling {s.config.elastic.width_sampling} does not make; use sandwich, or "
+            f"--distill.share 0"
+        ),
+    ),
+    Rule(
         "Muon with ZeRO 3",
         lambda s: s.zero_stage == 3 and s.config.optimizer.name == "muon",
         lambda s: "--optimizer.name muon: needs whole matrices, which ZeRO 3 does not keep; use zero stage 2 or adamw",

@@ -20,6 +20,8 @@ class TrainingCosts:
     """of each block, by its width"""
     head: tuple[int, ...]
     """[num_layers + 1], behind so many blocks"""
+    lesson: int
+    """what a pass that learns from another one adds: that one's logits, made again"""
 
     def of(self, widths: Sequence[int], exit_layer: int | None = None) -> int:
         """Of a token of the whole model. widths: one of the nest's per block; exit_layer: blocks that run (None: all of
@@ -51,7 +53,7 @@ def training_costs(config: ResolvedModel, seq_len: int, frozen: Collection[str] 
         blocks.append({width: _cost(of_width, own, reached) for width, of_width in steps.items()})
         reached = reached or bool(own)
         head.append(_cost(ends, trained_ends, reached))
-    return TrainingCosts(tuple(blocks), tuple(head))
+    return TrainingCosts(tuple(blocks), tuple(head), 2 * config.hidden_size * config.vocab_size)
 
 
 def _cost(steps: Sequence[tuple[Work, ...]], trained: Collection[str], reached: bool) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Required
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from megatron_adamba.config.distill import DistillConfig
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.sections import (
     CheckpointConfig,
@@ -37,6 +38,7 @@ class AdambaConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -19,7 +19,7 @@ INTERRUPTED, READER_GONE = 130, 141
 """as shells count: 128 and the signal's number"""
 _RUN_FLAG = re.compile(
     r"(?<![\w-])(?<!adamba train )--"
-    r"(?=(?:model|elastic|gates|data|train|optimizer|parallel|checkpoint|logging)\.\w|depth\b)"
+    r"(?=(?:model|elastic|distill|gates|data|train|optimizer|parallel|checkpoint|logging)\.\w|depth\b)"
 )
 _FLAG = re.compile(r"(?<![\w-])(?<!adamba train )--([a-z][\w.-]*)")
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

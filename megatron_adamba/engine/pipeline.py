@@ -84,7 +84,18 @@ class ChunkRunner:
         if taps is not None and not chunk.embedding:
             x = taps.unpack(x)
         all_take_part = mode is not Accumulation.DEFER
-        out = self.model.run_chunk(chunk, x, one.tokens, one.labels, context, one.plan, all_take_part, taps=taps)
+        out = self.model.run_chunk(
+            chunk,
+            x,
+            one.tokens,
+            one.labels,
+            context,
+            one.plan,
+            all_take_part,
+            taps=taps,
+            teaches=one.teaches,
+            learns=one.learns,
+        )
         own = torch.as_tensor(statistics.total(), device=out.device)
         for block, load in statistics.loads.items():
             self.loads[block] = self.loads.get(block, 0) + load

@@ -28,6 +28,7 @@ from megatron_adamba.engine.gradients import all_finite, gradient_tensors
 from megatron_adamba.engine.launch import RankInfo, import_deepspeed
 from megatron_adamba.engine.mpu import ModelParallelUnit, mark_sharded_parameters
 from megatron_adamba.engine.optimizer import ElasticOptimizer, parameter_groups
+from megatron_adamba.layers.lesson import Lesson
 from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.model.taps import TapRequest, Taps
@@ -61,6 +62,10 @@ class MicroStep:
     """states to keep; over a pipeline all passes of a step ask for the same"""
     share: Tensor | None = None
     """scalar on the device: the micro-batch's scored tokens over the mean of the step's micro-batches; None is 1"""
+    teaches: Lesson | None = None
+    """to be filled by this pass, or"""
+    learns: Lesson | None = None
+    """to be read, from the micro-batch's full pass, which came before"""
 
 
 @dataclass(frozen=True)

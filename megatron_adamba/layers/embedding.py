@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_adamba.blueprint.manifest import vocab_unit
+from megatron_adamba.layers.lesson import Lesson
 from megatron_adamba.ops.head_divergence import head_divergence
 from megatron_adamba.ops.linear_cross_entropy import linear_cross_entropy, softcap_, token_losses
+from megatron_adamba.ops.linear_distillation import Teacher, linear_distillation
 from megatron_adamba.ops.rms_norm import rms_norm
 from megatron_adamba.ops.vocab_parallel_cross_entropy import (
     VocabularyShard,
@@ -44,10 +46,12 @@ class Vocabulary:
         softcap: float,
         reduction: str,
         losses: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """Logits [batch, seq, vocab] in fp32 without labels; with labels [batch, seq] their mean loss (reduction
         "mean"), or each position's loss [batch, seq] without gradient (reduction "none"), in nats. losses: [batch, seq]
-        in fp32, filled with each position's loss beside the mean.
+        in fp32, filled with each position's loss beside the mean. lesson: what a mean loss also learns from; its states
+        come from in front of this same head.
 
         x: [batch, seq, hidden_size] in the form of the residual stream. Only the first of the three ever holds the
         logits of a whole vocabulary; under tensor parallelism it has no gradient.
@@ -58,6 +62,10 @@ class Vocabulary:
         if reduction == "divergence":
             shard = VocabularyShard(self.size, self.first, self.tp) if self.tp.size > 1 else None
             return head_divergence(x, weight, softcap, shard)
+        if lesson is not None and labels is not None and reduction == "mean":
+            shard = VocabularyShard(self.size, self.first, self.tp) if self.tp.size > 1 else None
+            teacher = Teacher(lesson.taught(), weight, softcap)
+            return linear_distillation(x, weight, labels, teacher, lesson.loss, softcap, shard, losses_out=losses)
         if labels is None:
             logits = self._logits(x, weight)
             return softcap_(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
@@ -118,10 +126,15 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.vocabulary.rows, hidden_size, device=device))
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", losses: Tensor | None = None
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        losses: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         """See `Vocabulary.head_output`."""
-        return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction, losses)
+        return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction, losses, lesson)
 
 
 class TiedEmbedding(TokenEmbedding):
@@ -146,9 +159,10 @@ class TiedEmbedding(TokenEmbedding):
         labels: Tensor | None = None,
         reduction: str = "mean",
         losses: Tensor | None = None,
+        lesson: Lesson | None = None,
         as_head: bool = False,
     ) -> Tensor:
         """tokens [batch, seq] to [batch, seq, hidden_size], or as the head: see `Vocabulary.head_output`."""
         if as_head:
-            return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction, losses)
+            return self.vocabulary.head_output(x, self.weight, labels, self.softcap, reduction, losses, lesson)
         return super().forward(x)

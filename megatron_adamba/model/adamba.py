@@ -18,6 +18,7 @@ from megatron_adamba.elastic.plan import ElasticPlan, full_plan
 from megatron_adamba.layers.block import build_block, static_norm
 from megatron_adamba.layers.context import ForwardContext
 from megatron_adamba.layers.embedding import Head, TiedEmbedding, TokenEmbedding
+from megatron_adamba.layers.lesson import Lesson
 from megatron_adamba.layers.moe.layer import MoE
 from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.layers.norm import NestedNorm
@@ -120,6 +121,8 @@ class AdambaModel(nn.Module):
         statistics: RouterStatistics | None = None,
         taps: Taps | None = None,
         share: Tensor | None = None,
+        teaches: Lesson | None = None,
+        learns: Lesson | None = None,
     ) -> Tensor:
         """Mean loss in nats (scalar), or logits [batch, seq, vocab] in fp32 where no labels are given.
 
@@ -127,13 +130,15 @@ class AdambaModel(nn.Module):
         plan: None is full width to the last layer; all_take_part: blocks above the exit run on zero tokens, so that
         their parameters have a gradient of zero; statistics: filled by the routers, whose auxiliary losses are part of
         the mean loss; taps: filled by the pass, which then takes a mean loss; share: scalar, what the mean over the
-        scored tokens counts in the step, beside routers' losses that count 1; None is 1; reduction "none" gives each
-        position's loss, [batch, seq], without gradient.
+        scored tokens counts in the step, beside routers' losses that count 1; None is 1; teaches: filled by the pass;
+        learns: of the full pass of the same tokens, whose predictions are then a part of the mean loss; reduction
+        "none" gives each position's loss, [batch, seq], without gradient.
         """
         plan = plan or full_plan(self.config)
         statistics = RouterStatistics() if statistics is None else statistics
         context = self.training_context(tokens, seq_idx, accumulation, statistics)
-        out = self.run_chunk(self.chunks[0], None, tokens, labels, context, plan, all_take_part, reduction, taps)
+        chunk, lessons = self.chunks[0], (teaches, learns)
+        out = self.run_chunk(chunk, None, tokens, labels, context, plan, all_take_part, reduction, taps, *lessons)
         if out.dim() > 1:
             return out
         return (out if share is None else out * share) + statistics.total()
@@ -149,6 +154,8 @@ class AdambaModel(nn.Module):
         all_take_part: bool,
         reduction: str = "mean",
         taps: Taps | None = None,
+        teaches: Lesson | None = None,
+        learns: Lesson | None = None,
     ) -> Tensor:
         """A part of `forward`: the residual stream in (nothing where the embedding is) and out, behind the head what
         `forward` returns without the routers' losses. context: of `training_context` for these tokens."""
@@ -159,12 +166,15 @@ class AdambaModel(nn.Module):
         x = self._run_blocks(x, chunk.blocks, plan, context, all_take_part, taps)
         if not chunk.head:
             return x
+        normed = self.final_norm(x)
+        if teaches is not None:
+            teaches.teach(normed)
         if taps is None or labels is None or not plan.whole_depth:
-            out = self._head(self.final_norm(x), self.tp.pad_sequence(labels, IGNORED), reduction)
+            out = self._head(normed, self.tp.pad_sequence(labels, IGNORED), reduction, lesson=learns)
             return out[:, : tokens.shape[1]] if out.dim() > 1 else out
         padded = self.tp.pad_sequence(labels, IGNORED)
         losses = torch.empty(padded.shape, dtype=torch.float32, device=x.device)
-        out = self._head(self.final_norm(x), padded, reduction, losses)
+        out = self._head(normed, padded, reduction, losses, learns)
         taps.token_losses = losses[:, : tokens.shape[1]]
         with torch.no_grad():
             exit_losses = lambda state, wanted: self._head(self.final_norm(state), wanted, "none")
@@ -172,11 +182,16 @@ class AdambaModel(nn.Module):
         return out
 
     def _head(
-        self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", losses: Tensor | None = None
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        losses: Tensor | None = None,
+        lesson: Lesson | None = None,
     ) -> Tensor:
         if self.head is None:
-            return self.embedding(x, labels, reduction, losses, as_head=True)
-        return self.head(x, labels, reduction, losses)
+            return self.embedding(x, labels, reduction, losses, lesson, as_head=True)
+        return self.head(x, labels, reduction, losses, lesson)
 
     def hidden_states(
         self,

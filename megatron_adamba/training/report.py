@@ -168,6 +168,7 @@ def _sampling(run: Run) -> list[str]:
         some = range(first - 1, last, max(1, (last - first + 1) // _PLANS_FOR_COST))
         plans = [sampler.plan(step, number) for step in some for number in range(sampler.passes)]
         cost = sum(costs.of(plan.widths, plan.exit_layer) for plan in plans) * sampler.passes / len(plans)
+        cost += costs.lesson * (sampler.passes - 1) if config.distill.on else 0
         cost /= costs.of(full.widths, full.exit_layer)
         weights = f" by {':'.join(f'{weight:g}' for weight in stage.width_weights)}" if stage.width_weights else ""
         steps = "" if len(sampler.stages) == 1 else f"steps {first} to {last}: "
@@ -176,6 +177,12 @@ def _sampling(run: Run) -> list[str]:
             f"dear as {cost:.2f} full ones"
         )
         first = last + 1
+    distill = config.distill
+    if distill.on:
+        lines.append(
+            f"{'distill':11}{distill.share:g} of a narrow pass's loss is the {distill.divergence} divergence from the "
+            f"full pass, at temperature {distill.temperature:g}"
+        )
     return lines
 
 

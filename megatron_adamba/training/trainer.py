@@ -26,6 +26,7 @@ from megatron_adamba.engine.job import JobBoard
 from megatron_adamba.engine.session import MicroStep, StepReport
 from megatron_adamba.errors import AdambaError, NonFiniteError, StorageError
 from megatron_adamba.evaluation.widths import EvaluationRow, evaluate_plans, exit_plans
+from megatron_adamba.layers.lesson import Lesson, distillation_loss
 from megatron_adamba.training.checkpointing import first_whole, resume, start_saving, write_final_model
 from megatron_adamba.training.dashboards import Dashboard, TensorBoard, WeightsAndBiases
 from megatron_adamba.training.freeze import frozen_names
@@ -74,6 +75,7 @@ class Trainer:
         """as they stood when weights last changed, or were loaded: behind a streak of skipped steps they still hold"""
         self.log = logging.getLogger("megatron_adamba")
         self.ranks_per_replica = topology.size("model")
+        self.distillation = distillation_loss(self.config.distill)
         self.costs = training_costs(self.config.model, train.seq_len, frozen_names(self.config.model, train))
         self.flops = 0.0
         self.labels: dict[str, None] = {}
@@ -259,12 +261,15 @@ class Trainer:
                 taps = setup.request(step, found, self.device)
                 if begun:
                     spans.append(found)
+            lesson = None if self.distillation is None else Lesson(self.distillation)
             for k in range(self.run.sampler.passes):
                 plan = self.run.sampler.micro_batch_plan(step, number, self.num_micro_batches, k)
                 self.labels[plan.label] = None
-                self._count_flops(plan)
+                teaches, learns = (lesson, None) if k == 0 else (None, lesson)
+                self._count_flops(plan, learns is not None)
                 plans.append(plan)
-                yield MicroStep(**model_inputs(batch, self.device), plan=plan, taps=taps, share=share)
+                inputs = model_inputs(batch, self.device)
+                yield MicroStep(**inputs, plan=plan, taps=taps, share=share, teaches=teaches, learns=learns)
 
     def _shares(self, batches: list[MicroBatch]) -> Tensor:
         """[micro-batches]: scored tokens of each, over the mean of all micro-batches of the step on all replicas; 1
@@ -280,9 +285,9 @@ class Trainer:
         shares = loads / loads.sum(1, keepdim=True).clamp(min=1e-9) * loads.shape[1]
         return {str(block): [round(share, 4) for share in row] for block, row in zip(self.loads, shares.tolist())}
 
-    def _count_flops(self, plan: ElasticPlan) -> None:
+    def _count_flops(self, plan: ElasticPlan, learns: bool) -> None:
         train = self.config.train
-        per_token = self.costs.of(plan.widths, plan.exit_layer)
+        per_token = self.costs.of(plan.widths, plan.exit_layer) + (self.costs.lesson if learns else 0)
         self.flops += per_token * train.micro_batch_size * train.seq_len / self.ranks_per_replica
 
     def _count(self, skipped: bool) -> None:

@@ -121,6 +121,10 @@ CASES = [
         ["--train.phase", "1", "--elastic.width_sampling", "per_layer"],
         "use --elastic.width_sampling full", ["--elastic.width_sampling", "full"],
     ),
+    Case(
+        "distillation without a full pass", ["--distill.share", "0.5", "--elastic.width_sampling", "uniform"],
+        "use sandwich, or --distill.share 0", SANDWICH,
+    ),
     Case("Muon with ZeRO 3", MUON, "use zero stage 2 or adamw", [], {"zero_stage": 3}, {"zero_stage": 2}),
     Case("Muon with ZeRO 3", MUON, "or adamw", ["--optimizer.name", "adamw"], {"zero_stage": 3}),
     Case(

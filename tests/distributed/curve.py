@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_adamba.blueprint.compat import RunSetup
 from megatron_adamba.blueprint.growth import before_expansion, growth_of, sizes_of
@@ -15,14 +16,17 @@ from megatron_adamba.blueprint.manifest import manifest
 from megatron_adamba.blueprint.resolve import resolve_model
 from megatron_adamba.blueprint.stages import StagePlan, equal_bounds, num_chunks
 from megatron_adamba.blueprint.support import FEATURES, cell
+from megatron_adamba.config.distill import DistillConfig
 from megatron_adamba.config.ds_config import complete_ds_config
 from megatron_adamba.config.model import ModelConfig
 from megatron_adamba.config.root import AdambaConfig
 from megatron_adamba.config.sections import ElasticConfig, ElasticStage, OptimizerConfig, TrainConfig
+from megatron_adamba.elastic.plan import ElasticPlan
 from megatron_adamba.elastic.sampler import PlanSampler
 from megatron_adamba.engine.experts import moe_layer_for
 from megatron_adamba.engine.old_weights import old_places, slow_old_weights
 from megatron_adamba.engine.session import MicroStep, TrainingSession
+from megatron_adamba.layers.lesson import Lesson, distillation_loss
 from megatron_adamba.layers.moe.statistics import RouterStatistics
 from megatron_adamba.model.adamba import AdambaModel
 from megatron_adamba.model.taps import TapRequest
@@ -46,12 +50,13 @@ def run_config(
     mixed: float = 0.0,
     expanded: bool = False,
     elastic: dict[str, Any] | None = None,
+    distill: dict[str, Any] | None = None,
     **model: Any,
 ) -> AdambaConfig:
     """A model with GQA, biases, three widths of which the first holds one KV group, and clipping that bites.
 
     exits: share of the plans that leave early; mixed: of those, in which some tokens leave earlier still. expanded: as
-    made from half the channels and units. elastic: further settings, stages of a schedule as dicts.
+    made from half the channels and units. elastic: further settings, a schedule as dicts; distill: the section.
     """
     elastic = dict(elastic or {})
     if "schedule" in elastic:
@@ -88,6 +93,7 @@ def run_config(
             min_exit_layer=1,
             **elastic,
         ),
+        distill=DistillConfig(**(distill or {})),
         train=TrainConfig(steps=20, micro_batch_size=2, global_batch_size=2 * MICRO_BATCHES, gradient_clipping=0.3),
         # Adam divides by the size of a gradient: with a small eps it turns rounding into updates of full size, and even
         # the plain loop in fp32 then strays from itself in float64 by more than the bound of these tests
@@ -178,6 +184,9 @@ def plain_curve_of(config: AdambaConfig, freeze: list[str], steps: int, skew: fl
                 plan = sampler.micro_batch_plan(step, number, MICRO_BATCHES, k)
                 statistics = RouterStatistics()
                 mean = model(**micro_batch(step, number), plan=plan, statistics=statistics)
+                if config.distill.on and k > 0:
+                    # written out over whole logits, by torch alone
+                    mean = distilled(model, config, micro_batch(step, number), plan) + statistics.total()
                 routers = statistics.total() / MICRO_BATCHES
                 loss = ((mean - statistics.total()) * counts[number] / sum(counts) + routers) / sampler.passes
                 loss.backward()
@@ -188,6 +197,19 @@ def plain_curve_of(config: AdambaConfig, freeze: list[str], steps: int, skew: fl
         slow_down(config, model, kept)
         curve.append((total, norm))
     return curve
+
+
+def distilled(model: AdambaModel, config: AdambaConfig, batch: dict[str, Any], plan: ElasticPlan) -> torch.Tensor:
+    """The loss of a pass that learns from the full pass, without the routers' losses."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        theirs = model(**inputs)
+    ours, labels, distill = model(**inputs, plan=plan), batch["labels"], config.distill
+    text = F.cross_entropy(ours.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    log_p, log_q = (F.log_softmax(logits[labels != -100] / distill.temperature, -1) for logits in (ours, theirs))
+    pair = (log_q, log_p) if distill.divergence == "reverse" else (log_p, log_q)
+    divergence = F.kl_div(*pair, reduction="batchmean", log_target=True)
+    return (1 - distill.share) * text + distill.share * distill.temperature**2 * divergence
 
 
 def slow_down(config: AdambaConfig, model: AdambaModel, kept: dict[str, torch.Tensor]) -> None:
@@ -293,13 +315,17 @@ def take_steps(
     numbers = range(dp_rank, accumulation * dp, dp)
     for step in range(first, last):
         session.set_learning_rates(learning_rate_factor(config.optimizer, step, config.train.steps))
+        loss = distillation_loss(config.distill)
+        lessons = [None if loss is None else Lesson(loss) for _ in numbers]
         report = session.train_step(
             MicroStep(
                 **micro_batch(step, number),
                 plan=sampler.micro_batch_plan(step, number, MICRO_BATCHES, k),
                 share=share,
+                teaches=lesson if k == 0 else None,
+                learns=lesson if k > 0 else None,
             )
-            for number, share in zip(numbers, shares_of(step, numbers))
+            for number, share, lesson in zip(numbers, shares_of(step, numbers), lessons)
             for k in range(sampler.passes)
         )
         curve.append((session.mean_over_ranks(report.losses.mean()).item(), report.result.grad_norm))
