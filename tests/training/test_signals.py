@@ -26,15 +26,16 @@ def start(ranks: int, words: list[str]) -> list[subprocess.Popen]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                preexec_fn=hear_hangups,
+                preexec_fn=hear_signals,
             )
         )
     return processes
 
 
-def hear_hangups() -> None:
-    """Under nohup, tests inherit that SIGHUP is ignored, and a run leaves it so."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hear_signals() -> None:
+    """Under nohup, tests inherit that SIGHUP is ignored, and in a shell's background SIGINT; a run leaves it so."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(processes, condition, patience=180):
