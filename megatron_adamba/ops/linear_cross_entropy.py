@@ -18,6 +18,16 @@ def softcap_(logits: Tensor, cap: float) -> Tensor:
     return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
 
+def capped_copy(logits: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
+    """Softcapped logits in fp32 or better, a copy, and tanh(logits / cap), which their slope needs, where there is a
+    cap."""
+    high = torch.promote_types(logits.dtype, torch.float32)
+    if not cap:
+        return logits.to(high, copy=True), None
+    bounded = (logits.to(high) / cap).tanh_()
+    return bounded * cap, bounded
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

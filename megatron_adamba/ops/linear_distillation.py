@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_adamba.ops.linear_cross_entropy import IGNORED, WeightGradient, chunk_size, row_blocks
+from megatron_adamba.ops.linear_cross_entropy import IGNORED, WeightGradient, capped_copy, chunk_size, row_blocks
 from megatron_adamba.ops.vocab_parallel_cross_entropy import VocabularyShard
 
 
@@ -94,7 +94,10 @@ class _Chunk:
         blocks = row_blocks(self.logits)
         for start in blocks:
             rows = slice(start, start + blocks.step)
-            ours, theirs = self._capped(rows)[0], _capped(self.theirs[rows], self.softcaps[1])[0]
+            ours, theirs = (
+                capped_copy(self.logits[rows], self.softcaps[0])[0],
+                capped_copy(self.theirs[rows], self.softcaps[1])[0],
+            )
             target = ours.gather(-1, self.index[rows]).squeeze(-1) * self.here[rows]
             peak, their_peak = ours.amax(-1), theirs.amax(-1)
             total = (ours - peak[:, None]).exp_().sum(-1)
@@ -125,9 +128,6 @@ class _Chunk:
         share = self.loss.share
         self.losses = (1 - share) * self.entropies + share * heat**2 * self.divergences
 
-    def _capped(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        return _capped(self.logits[rows], self.softcaps[0])
-
     def gradient(self, grad_scale: Tensor) -> Tensor:
         """grad_scale * d sum(losses) / d logits, [tokens, rows], in the logits' memory.
 
@@ -138,8 +138,8 @@ class _Chunk:
         blocks = row_blocks(self.logits)
         for start in blocks:
             rows = slice(start, start + blocks.step)
-            capped, bounded = self._capped(rows)
-            theirs = _capped(self.theirs[rows], self.softcaps[1])[0]
+            capped, bounded = capped_copy(self.logits[rows], self.softcaps[0])
+            theirs = capped_copy(self.theirs[rows], self.softcaps[1])[0]
             scale = (self.scored[rows] * grad_scale).unsqueeze(-1)
             log_p = capped / heat - self.warm_log_total[rows, None]
             log_q = theirs.div_(heat).sub_(self.their_log_total[rows, None])
@@ -154,15 +154,6 @@ class _Chunk:
                 grad.addcmul_(grad * bounded, bounded, value=-1)
             self.logits[rows] = grad
         return self.logits
-
-
-def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """Logits in fp32 or better, a copy, and tanh(logits / cap) where there is a cap."""
-    high = torch.promote_types(logits.dtype, torch.float32)
-    if not softcap:
-        return logits.to(high, copy=True), None
-    bounded = (logits.to(high) / softcap).tanh_()
-    return bounded * softcap, bounded
 
 
 class _LinearDistillation(torch.autograd.Function):

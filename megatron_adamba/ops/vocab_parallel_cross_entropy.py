@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_adamba.ops.exchange import VocabularyExchange
-from megatron_adamba.ops.linear_cross_entropy import IGNORED, WeightGradient, chunk_size, row_blocks
+from megatron_adamba.ops.linear_cross_entropy import IGNORED, WeightGradient, capped_copy, chunk_size, row_blocks
 
 
 @dataclass(frozen=True)
@@ -82,27 +82,18 @@ class _Chunk:
         blocks = row_blocks(self.logits)
         for start in blocks:
             rows = slice(start, start + blocks.step)
-            capped = self._capped(rows)[0]
+            capped = capped_copy(self.logits[rows], self.softcap)[0]
             target[rows] = capped.gather(-1, self.index[rows]).squeeze(-1) * self.here[rows]
             peak[rows] = capped.amax(-1)
             total[rows] = capped.sub_(peak[rows].unsqueeze(-1)).exp_().sum(-1)
         return peak, total, target
-
-    def _capped(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Logits in fp32 or better, a copy, and tanh(logits / cap) where there is a cap."""
-        logits = self.logits[rows]
-        high = torch.promote_types(logits.dtype, torch.float32)
-        if not self.softcap:
-            return logits.to(high, copy=True), None
-        bounded = (logits.to(high) / self.softcap).tanh_()
-        return bounded * self.softcap, bounded
 
     def gradient(self, grad_scale: Tensor) -> Tensor:
         """grad_scale * d sum(losses) / d logits, [tokens, rows], in the logits' memory."""
         blocks = row_blocks(self.logits)
         for start in blocks:
             rows = slice(start, start + blocks.step)
-            capped, bounded = self._capped(rows)
+            capped, bounded = capped_copy(self.logits[rows], self.softcap)
             weight = (self.scored[rows] * grad_scale).unsqueeze(-1)
             grad = capped.sub_(self.log_total[rows].unsqueeze(-1)).exp_().mul_(weight)
             grad.scatter_add_(-1, self.index[rows], -weight * self.here[rows].unsqueeze(-1))

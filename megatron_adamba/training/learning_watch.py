@@ -1,4 +1,4 @@
-"""A run that learns nothing is told so: its loss is that of guessing all tokens alike."""
+"""A run that learns nothing, or loses what it learned, is told so: its loss is that of guessing all tokens alike."""
 
 from __future__ import annotations
 

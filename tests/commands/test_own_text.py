@@ -12,22 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 from forked import run_forked
+from tiny import TINY_SHAPE
 
 from megatron_adamba.commands.own_recipe import FEWEST_STEPS, recipe_for, vocab_size_for
 from megatron_adamba.commands.own_text import without_own_flags
 from megatron_adamba.data.indexed_dataset import IndexedDataset
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "model.hidden_size": "32",
-    "model.head_dim": "8",
-    "model.num_heads": "4",
-    "model.num_kv_groups": "2",
-    "model.ffn_size": "64",
-    "model.ffn_granule": "16",
-    "model.mamba_head_dim": "8",
-    "model.widths": "[8,32]",
-}
+TINY = TINY_SHAPE | {"model.widths": "[8,32]"}
 
 
 def train(folder: Path, *words: object, code: int = 0, **environment: str) -> str:

@@ -14,22 +14,12 @@ from docs.pages import ROOT
 from surgery.gpt_oss_folders import random_gpt_oss, save_hugging_face, save_openai
 from surgery.nanochat_folders import save_random
 from texts import wikipedia
+from tiny import TINY_SHAPE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB = 512
 
-
-TINY_MODEL = {
-    "model.hidden_size": "32",
-    "model.head_dim": "8",
-    "model.num_heads": "4",
-    "model.num_kv_groups": "2",
-    "model.ffn_size": "64",
-    "model.ffn_granule": "16",
-    "model.widths": "[8,16,32]",
-    "model.mamba_head_dim": "8",
-    "model.mamba_d_state": "8",
-}
+TINY_MODEL = TINY_SHAPE | {"model.widths": "[8,16,32]", "model.mamba_d_state": "8"}
 TINY_EXPERTS = {"model.num_experts": "4", "model.experts_per_token": "2", "model.expert_ffn_size": "32"}
 TINY_RUN = {
     "train.steps": "3",
